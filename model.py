@@ -1,0 +1,407 @@
+"""The GPT: hlb-gpt's fused block, masks for both directions, direction tokens, truncated depth, and the loss.
+
+    model = GPT(GPTConfig(depth=8, width=384))                   # 46,009,736 parameters
+    inputs, targets = frame(windows, "bw")                       # (B, L+1) tokens -> two (B, L) tensors
+    logits = model(inputs, mask=MASK_OF["bw"])                   # (B, L, vocab_size)
+    logits = model(inputs, mask="anticausal", depth=5)           # the first 5 blocks, then final norm and head
+
+Mask and depth are arguments, never state: one set of weights serves any direction and any truncation.
+Letters in comments: B batch, T positions, D width, H heads, V vocabulary. Shapes follow tokens in reading order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MASKS = ("causal", "anticausal", "none", "flipped")
+MASK_OF = {"fw": "causal", "bw": "anticausal"}  # the mask that belongs to a direction
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The model's shape. With the defaults the parameter counts are those the article published."""
+
+    depth: int  # blocks
+    width: int  # residual channels D
+    num_heads: int = 1  # hlb-gpt uses a single, wide head
+    vocab_size: int = 50304  # rows of embedding and head: the tokenizer's, padded; the last two are FW and BW
+    max_seq_len: int = 1024  # longest input; also the size of the square that the "flipped" mask is cut from
+    linear_value: bool = False  # attention values are the raw gate instead of the GeGLU
+    expand: int = 2  # GeGLU channels per residual channel
+    qk_div: int = 8  # query and key have width / qk_div channels, all heads together
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "width", "num_heads", "max_seq_len", "qk_div"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.expand < 2:
+            raise ValueError(f"expand must be at least 2 (half local, half attention values), got {self.expand}")
+        if self.vocab_size < 3:
+            raise ValueError(f"vocab_size must be at least 3 (two ids are direction tokens), got {self.vocab_size}")
+        if self.width % (self.qk_div * self.num_heads):
+            raise ValueError(
+                f"width must be a multiple of qk_div * num_heads = {self.qk_div * self.num_heads}, got {self.width}"
+            )
+
+    @staticmethod
+    def from_scale(model_scale: float, **options) -> GPTConfig:
+        """hlb-gpt's size law: one number sets width (to the nearest 64) and depth; 1.0 is 8 x 384."""
+        doublings = math.log2(1 + model_scale)
+        return GPTConfig(depth=round(8 * doublings), width=64 * round(384 * doublings / 64), **options)
+
+
+def padded_vocab_size(tokenizer_size: int) -> int:
+    """Rows for a tokenizer of that size: two more for the direction tokens, rounded up to a multiple of 64."""
+    return 64 * math.ceil((tokenizer_size + 2) / 64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Framing: a window of text becomes a task
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def frame(windows: Tensor, direction: str, vocab_size: int = 50304, direction_tokens: bool = True) -> tuple[Tensor, Tensor]:
+    """Cuts windows (B, L+1) of tokens into inputs and targets, both (B, L), for direction "fw" or "bw".
+
+    With direction tokens, fw reads FW x0 .. x(L-2), bw reads x1 .. x(L-1) BW, and both are scored on x0 .. x(L-1):
+    the same tokens, so the two losses factorise the same joint probability. Without, the targets are the inputs'
+    neighbours: fw is scored on x1 .. xL, bw on x0 .. x(L-1).
+    """
+    if direction not in MASK_OF:
+        raise ValueError(f'direction must be "fw" or "bw", got {direction!r}')
+    if not direction_tokens:
+        return (windows[:, :-1], windows[:, 1:]) if direction == "fw" else (windows[:, 1:], windows[:, :-1])
+    targets = windows[:, :-1]
+    if direction == "fw":
+        return F.pad(targets[:, :-1], (1, 0), value=vocab_size - 2), targets
+    return F.pad(targets[:, 1:], (0, 1), value=vocab_size - 1), targets
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def position_bias(mask: str, slope: Tensor, queries: Tensor, keys: Tensor, max_seq_len: int) -> Tensor:
+    """What is added to the attention logits: a slope over the distance, and -inf where a query may not see a key.
+
+    queries (Tq,) and keys (Tk,) are positions; returns (Tq, Tk) in float32. "flipped" is the article's published
+    backward mask, kept to show what it leaks: the causal square of side max_seq_len turned upside down, bias
+    included, and cut from its top left corner, so that a position sees its own target.
+    """
+    i, j = queries[:, None], keys[None, :]
+    if mask == "causal":
+        distance, visible = j - i, j <= i
+    elif mask == "anticausal":
+        distance, visible = i - j, j >= i
+    elif mask == "none":
+        distance, visible = -(i - j).abs(), None
+    elif mask == "flipped":
+        distance, visible = i + j - (max_seq_len - 1), i + j <= max_seq_len - 1
+    else:
+        raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {mask!r}")
+    bias = slope.float() * distance.float()
+    return bias if visible is None else bias.masked_fill(~visible, -math.inf)
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Attention as its formula: query (B, H, Tq, Dq), key (B, H, Tk, Dq), value (B, H, Tk, Dv), bias (Tq, Tk)."""
+    logits = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5 + bias
+    return logits.softmax(-1).to(value.dtype) @ value
+
+
+def kernel_attention(query: Tensor, key: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    """Causal attention with the learned slope, by any stock causal kernel. Shapes as in `plain_attention`.
+
+    No mask tensor: in a softmax over keys j, slope * (j - i) acts as slope * j, and that is two more channels of the
+    dot product. Splitting j into j div 32 and j mod 32 keeps both exact in bf16 (up to position 8191). Kernels want
+    values no wider than queries, so the value channels are split into groups that share query and key.
+    """
+    B, H, T, dim = query.shape
+    position = torch.arange(T, device=key.device)
+    key_position = torch.stack([position // 32, position % 32], -1).to(key.dtype).expand(B, H, T, 2)
+    unit = torch.tensor([32.0, 1.0], device=query.device)
+    query_position = (slope.float() * math.sqrt(dim) * unit).to(query.dtype).expand(B, H, T, 2)
+
+    kernel_dim = 1 << (dim + 1).bit_length()  # the next power of two that holds dim + 2
+    groups = next(g for g in range(1, value.shape[-1] + 1) if value.shape[-1] % g == 0 and value.shape[-1] // g <= kernel_dim)
+    group_dim = value.shape[-1] // groups
+    query = F.pad(torch.cat([query, query_position], -1), (0, kernel_dim - dim - 2))
+    key = F.pad(torch.cat([key, key_position], -1), (0, kernel_dim - dim - 2))
+    query, key = (x[:, :, None].expand(B, H, groups, T, kernel_dim).reshape(B, H * groups, T, kernel_dim) for x in (query, key))
+    value = value.unflatten(-1, (groups, group_dim)).transpose(2, 3).reshape(B, H * groups, T, group_dim)
+    value = F.pad(value, (0, kernel_dim - group_dim))
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=dim**-0.5)[..., :group_dim]
+    return out.unflatten(1, (H, groups)).transpose(2, 3).flatten(-2)  # (B, H, T, Dv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """hlb-gpt's block: one matrix in, GeGLU and attention side by side, one matrix out, residual.
+
+    Of the GeGLU's expand * D channels the last D are the attention's values, the rest stays local.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        D, self.qk_dim, self.inner = config.width, config.width // config.qk_div, config.expand * config.width
+        self.norm = nn.LayerNorm(D, bias=False)
+        self.expand = nn.Parameter(torch.empty(2 * self.qk_dim + 2 * self.inner, D))
+        self.project = nn.Parameter(torch.empty(D, self.inner))
+        self.slope = nn.Parameter(torch.ones(()))  # softplus of it multiplies the distance
+
+    def forward(self, x: Tensor, mask: str, kernel: bool = False, past: list[Tensor] | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D). `kernel` needs the causal mask; `past` holds keys and values and grows by T."""
+        config = self.config
+        B, T, D = x.shape
+        query, key, linear, gate = F.linear(self.norm(x), self.expand).split((self.qk_dim, self.qk_dim, self.inner, self.inner), -1)
+        geglu = linear * F.gelu(gate)
+        local = geglu[..., : self.inner - D]
+        value = (gate if config.linear_value else geglu)[..., self.inner - D :]
+        query, key, value = (y.unflatten(-1, (config.num_heads, -1)).transpose(1, 2) for y in (query, key, value))  # B H T .
+        if past is not None:
+            past[:] = [torch.cat(pair, 2) for pair in zip(past, (key, value))] if past else [key, value]
+            key, value = past
+
+        slope = F.softplus(self.slope)
+        if kernel:
+            attended = kernel_attention(query, key, value, slope)
+        else:
+            keys = torch.arange(key.shape[2], device=x.device)
+            attended = plain_attention(query, key, value, position_bias(mask, slope, keys[-T:], keys, config.max_seq_len))
+        return x + F.linear(torch.cat([local, attended.transpose(1, 2).flatten(-2)], -1), self.project)
+
+
+class GPT(nn.Module):
+    """Embedding, blocks, final norm, untied head. `seed` fixes the initial weights on every device and dtype.
+
+    `attention` is "plain" (the formula, any mask) or "kernel" (a stock causal kernel for causal and, through the mirror
+    identity, anticausal; the formula for the other masks). The two agree within rounding; None takes the faster one:
+    the kernel on CUDA, the formula on a CPU.
+    """
+
+    def __init__(self, config: GPTConfig, seed: int = 0, attention: str | None = None) -> None:
+        super().__init__()
+        if attention not in (None, "plain", "kernel"):
+            raise ValueError(f'attention must be "plain", "kernel" or None, got {attention!r}')
+        self.config, self.attention, self.compiled = config, attention, False
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, bias=False)
+        self.head = nn.Parameter(torch.empty(config.vocab_size, config.width))
+        self.init_weights(seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """embedding N(0, 0.25/sqrt D), head N(0, 0.5/sqrt D), expand N(0, 0.5/(expand sqrt D)),
+        project N(0, 1/(expand depth sqrt D)) as (mean, deviation); norms and slopes 1."""
+        generator = torch.Generator().manual_seed(seed)
+        config, unit = self.config, self.config.width**-0.5
+        deviation = {self.embedding: 0.25 * unit, self.head: 0.5 * unit}
+        for block in self.blocks:
+            deviation[block.expand] = 0.5 * unit / config.expand
+            deviation[block.project] = unit / (config.expand * config.depth)
+        for parameter, std in deviation.items():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+    def num_params(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def compile_blocks(self, **options) -> GPT:
+        """Compiles the block with torch.compile(**options): one graph for all blocks, lengths, batches and directions."""
+        self.compiled = True
+        for block in self.blocks:
+            block.compile(**options)
+        return self
+
+    def forward(self, tokens: Tensor, mask: str, depth: int | None = None) -> Tensor:
+        """tokens (B, T) int64 -> logits (B, T, vocab_size)."""
+        return F.linear(self.hidden(tokens, mask, depth), self.head)
+
+    def hidden(self, tokens: Tensor, mask: str, depth: int | None = None, counts: Tensor | None = None) -> Tensor:
+        """tokens (B, T) -> (B, T, D), after `depth` blocks (default: all) and the final norm. `counts`: see `embed`."""
+        depth = self.config.depth if depth is None else depth
+        if not 0 <= depth <= self.config.depth:
+            raise ValueError(f"depth must be between 0 and {self.config.depth}, got {depth}")
+        return self.norm(self.run_blocks(self.embed(tokens, counts), mask, self.blocks[:depth]))
+
+    def embed(self, tokens: Tensor, counts: Tensor | None = None) -> Tensor:
+        """tokens (B, T) -> (B, T, D). The gradient of a token's row is divided by the token's count in this pass
+        (torch's scale_grad_by_freq), or by `counts` (V,) where a pass is computed in several pieces."""
+        B, T = tokens.shape
+        if T > self.config.max_seq_len:
+            raise ValueError(f"{T} tokens are more than the model's max_seq_len = {self.config.max_seq_len}")
+        if not torch.is_grad_enabled():
+            return F.embedding(tokens, self.embedding)
+        return CountedEmbedding.apply(self.embedding, tokens, token_counts(tokens, self.config.vocab_size) if counts is None else counts)
+
+    def run_blocks(self, x: Tensor, mask: str, blocks: nn.ModuleList | list[Block]) -> Tensor:
+        """The residual stream x (B, T, D) through some of the model's blocks -> (B, T, D)."""
+        for x in self.states(x, mask, blocks):
+            pass
+        return x
+
+    def states(self, x: Tensor, mask: str, blocks: nn.ModuleList | list[Block]) -> Iterator[Tensor]:
+        """Yields the residual stream (B, T, D) before the first and after each of the given blocks."""
+        if mask not in MASKS:
+            raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {mask!r}")
+        kernel = (self.attention or ("kernel" if x.is_cuda else "plain")) == "kernel" and mask in MASK_OF.values()
+        # Positions enter only through distance, so an anticausal pass is a causal pass over the mirrored sequence:
+        # one kernel and one compiled graph serve both directions.
+        mirrored = kernel and mask == "anticausal"
+        yield x
+        x = x.flip(1) if mirrored else x
+        if self.compiled:  # or a batch or length that happens to equal a width would be compiled as a constant
+            torch._dynamo.maybe_mark_dynamic(x, (0, 1))
+        for block in blocks:
+            x = block(x, "causal" if mirrored else mask, kernel)
+            yield x.flip(1) if mirrored else x
+
+    def loss(self, windows: Tensor, direction: str, mask: str | None = None, direction_tokens: bool = True,
+             counts: Tensor | None = None, denominator: int | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Cross-entropy of windows (B, L+1) in a direction -> (loss in nats per token, share of top-1 hits), scalars.
+
+        `counts` and `denominator` (tokens to divide by) are those of the whole pass when this is a piece of it.
+        """
+        inputs, targets = frame(windows, direction, self.config.vocab_size, direction_tokens)
+        hidden = self.hidden(inputs, mask or MASK_OF[direction], counts=counts)
+        return HeadLoss.apply(hidden.flatten(0, 1), self.head, targets.flatten(), denominator or targets.numel())
+
+    @torch.no_grad()
+    def score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden (B, T, D) after the final norm, targets (B, T) -> per-token loss (B, T) in nats, top-1 hit (B, T)."""
+        losses, hits = [], []
+        for x, y in zip(hidden.flatten(0, 1).split(HeadLoss.CHUNK), targets.flatten().split(HeadLoss.CHUNK)):
+            logits = F.linear(x, self.head)
+            losses.append(F.cross_entropy(logits.float(), y, reduction="none"))
+            hits.append(logits.argmax(-1) == y)
+        return torch.cat(losses).view_as(targets), torch.cat(hits).view_as(targets)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients that torch's own modules do not give
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def token_counts(tokens: Tensor, vocab_size: int) -> Tensor:
+    """How often each id occurs: tokens of any shape -> (vocab_size,) float32, without a host round trip."""
+    ones = torch.ones(tokens.numel(), device=tokens.device)
+    return torch.zeros(vocab_size, device=tokens.device).scatter_add_(0, tokens.flatten(), ones)
+
+
+class CountedEmbedding(torch.autograd.Function):
+    """Embedding whose gradient rows are divided by given token counts; summed in float32."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, counts)
+        ctx.rows, ctx.dtype = weight.shape[0], weight.dtype
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        tokens, counts = ctx.saved_tensors
+        grad = grad.float() / counts[tokens][..., None]
+        return torch.ops.aten.embedding_dense_backward(grad, tokens, ctx.rows, -1, False).to(ctx.dtype), None, None
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of a linear head, and its gradients, a chunk of tokens at a time.
+
+    The logits are never all in memory, and never computed twice: the loss is a scalar, so its gradient is known up to
+    a factor as soon as a chunk's logits are.
+    """
+
+    CHUNK = 2048  # tokens; 2048 x 50304 logits are 200 MB in bf16
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, denominator: int) -> tuple[Tensor, Tensor]:
+        loss = torch.zeros((), device=hidden.device)
+        hits = torch.zeros((), device=hidden.device)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, len(targets), HeadLoss.CHUNK):
+            piece = slice(start, start + HeadLoss.CHUNK)
+            x, y = hidden[piece], targets[piece, None]
+            logits = F.linear(x, weight)  # (chunk, V)
+            log_probs = logits.float().log_softmax(-1)
+            loss -= log_probs.gather(-1, y).sum()
+            hits += (logits.argmax(-1, keepdim=True) == y).sum()
+            grad_logits = log_probs.exp_().scatter_add_(-1, y, -torch.ones_like(y, dtype=torch.float32)).to(x.dtype)
+            grad_hidden[piece] = grad_logits @ weight
+            grad_weight += grad_logits.T @ x
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.denominator, ctx.dtype = denominator, weight.dtype
+        hits = hits / denominator
+        ctx.mark_non_differentiable(hits)
+        return loss / denominator, hits
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        factor = grad / ctx.denominator
+        return (grad_hidden * factor).to(grad_hidden.dtype), (grad_weight * factor).to(ctx.dtype), None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring, saving, loading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model: GPT, batches: Iterable, direction: str, mask: str | None = None, direction_tokens: bool = True,
+             variants: Callable[[Tensor, str], Iterable[Tensor]] | None = None) -> list[dict[str, float]]:  # fmt: skip
+    """Scores batches of windows (B, L+1) in one direction -> one {"loss", "acc", "ppl"} per variant of the model.
+
+    `variants(inputs, mask)` yields final hidden states (B, T, D), for instance one per number of layers; the default
+    is the model as it is. Loss is in nats per token, over all scored tokens alike.
+    """
+    mask, totals, scored = mask or MASK_OF[direction], 0, 0
+    for windows in batches:
+        windows = torch.as_tensor(windows, device=model.head.device)
+        inputs, targets = frame(windows, direction, model.config.vocab_size, direction_tokens)
+        hiddens = variants(inputs, mask) if variants else [model.hidden(inputs, mask)]
+        scores = [model.score(hidden, targets) for hidden in hiddens]
+        totals = totals + torch.stack([torch.stack([loss.double().sum(), hit.double().sum()]) for loss, hit in scores])
+        scored += targets.numel()
+    losses, hits = (totals / scored).T.tolist()
+    return [{"loss": x, "acc": y, "ppl": math.exp(min(x, 700.0))} for x, y in zip(losses, hits)]
+
+
+def model_bytes(model: GPT, **metadata) -> bytes:
+    """The content of a .safetensors file: weights, the config, and whatever else a reader of the model must know."""
+    header = {"config": json.dumps(asdict(model.config)), **{key: json.dumps(value) for key, value in metadata.items()}}
+    return safetensors.torch.save({name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}, header)
+
+
+def load_model(path: str | Path, device: str = "cpu", attention: str | None = None) -> tuple[GPT, dict]:
+    """Reads what `model_bytes` wrote -> (model in evaluation mode, metadata). ValueError for a damaged or foreign file."""
+    try:
+        with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+        model = GPT(GPTConfig(**metadata.pop("config")), attention=attention)
+        model.to(device, weights["head"].dtype).load_state_dict(weights)
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a model of this project, or is damaged ({error}): train it again") from None
+    return model.eval(), metadata

@@ -1,0 +1,297 @@
+"""The model: published sizes, masks proven by gradient and by perturbation, the mirror, truncation, loss, and the leak."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import (
+    MASK_OF, MASKS, GPT, GPTConfig, CountedEmbedding, HeadLoss, evaluate, frame, load_model, model_bytes, padded_vocab_size, token_counts,
+)  # fmt: skip
+
+MAX = 48  # longest sequence in these tests
+PATHS = ["plain", "kernel", "compiled"]
+
+
+def make(path: str, depth: int, seed: int = 0, dtype=torch.float32, slope: float | None = None, **options) -> GPT:
+    """A small model whose attention runs by the given path; a slope near 0 lets it see far."""
+    config = GPTConfig(depth=depth, width=32, vocab_size=64, max_seq_len=MAX, qk_div=4, **options)
+    model = GPT(config, seed, attention="plain" if path == "plain" else "kernel")
+    with torch.no_grad():
+        model.embedding.mul_(20)
+        for block in model.blocks:
+            block.project.mul_(10)  # large enough that every path through the net shows
+            if slope is not None:
+                block.slope.fill_(slope)
+    model.to(dtype)
+    if path == "compiled":
+        model.compile_blocks(backend="aot_eager")
+    return model
+
+
+def visible(mask: str, length: int) -> torch.Tensor:
+    """(T, T) truth table, written independently of the model: may position i see position j?"""
+    table = torch.eye(length, dtype=torch.bool)  # the residual shows a position to itself
+    for i in range(length):
+        for j in range(length):
+            table[i, j] |= {"causal": j <= i, "anticausal": j >= i, "none": True, "flipped": i + j <= MAX - 1}[mask]
+    return table
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------------
+
+PUBLISHED = {
+    4: (20_239_300, 42_321_796, 92_016_388, 213_523_972),
+    8: (21_161_672, 46_009_736, 106_765_064, 272_512_520),
+    16: (23_006_416, 53_385_616, 136_262_416, 390_489_616),
+    32: (26_695_904, 68_137_376, 195_257_120, 626_443_808),
+}
+
+
+@pytest.mark.parametrize("depth", PUBLISHED)
+def test_published_parameter_counts(depth):
+    with torch.device("meta"):
+        GPT.init_weights, init = lambda self, seed: None, GPT.init_weights
+        try:
+            counts = tuple(GPT(GPTConfig(depth=depth, width=width)).num_params() for width in (192, 384, 768, 1536))
+        finally:
+            GPT.init_weights = init
+    assert counts == PUBLISHED[depth]
+
+
+def test_one_number_sets_the_size():
+    assert (GPTConfig.from_scale(1.0).depth, GPTConfig.from_scale(1.0).width) == (8, 384)
+    assert (GPTConfig.from_scale(3.0).depth, GPTConfig.from_scale(3.0).width) == (16, 768)
+    assert padded_vocab_size(50257) == 50304 and padded_vocab_size(62) == 64 and padded_vocab_size(63) == 128
+
+
+def test_initial_weights_have_the_recipes_deviations_and_depend_on_the_seed_alone():
+    config = GPTConfig(depth=4, width=256, vocab_size=2048)
+    model = GPT(config, seed=3)
+    unit, block = 256**-0.5, model.blocks[2]
+    for weights, std in ((model.embedding, 0.25), (model.head, 0.5), (block.expand, 0.25), (block.project, 1 / 8)):
+        assert weights.std().item() == pytest.approx(std * unit, rel=0.02)
+    assert torch.equal(GPT(config, seed=3).head, model.head)
+    assert not torch.equal(GPT(config, seed=4).head, model.head)
+
+
+@pytest.mark.parametrize("wrong", [dict(depth=0), dict(width=100), dict(vocab_size=2), dict(expand=1), dict(num_heads=5)])
+def test_impossible_shapes_are_rejected_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        GPTConfig(**{"depth": 2, "width": 64} | wrong)
+
+
+# -- what a position can see ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("depth", [1, 2, 8])
+@pytest.mark.parametrize("length", [MAX, 17, 2])
+@pytest.mark.parametrize("mask", MASKS)
+def test_gradient_reaches_what_the_mask_allows_and_nothing_else(path, depth, length, mask):
+    model = make(path, depth, slope=-8.0)
+    reach = visible(mask, length)
+    for _ in range(min(depth, 10) - 1):  # information may pass through other positions on its way up
+        reach = (reach.float() @ visible(mask, length).float()) > 0
+    x = model.embed(torch.randint(0, 62, (1, length))).detach().requires_grad_()
+    weights = torch.randn(32)
+    for i in {0, 1, length // 2, length - 1}:
+        out = model.norm(model.run_blocks(x, mask, model.blocks))
+        (gradient,) = torch.autograd.grad((out[0, i] * weights).sum(), x)
+        assert torch.equal(gradient[0].abs().amax(-1) > 0, reach[i]), f"position {i}"
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("depth", [1, 2, 8])
+@pytest.mark.parametrize("length", [MAX, 17])
+@pytest.mark.parametrize("direction", ["fw", "bw"])
+def test_changing_a_target_never_changes_its_own_prediction(path, depth, length, direction):
+    model = make(path, depth, slope=-8.0)
+    windows = torch.randint(0, 62, (1, length + 1))
+    inputs, targets = frame(windows, direction, 64)
+    logits = model(inputs, MASK_OF[direction])
+    for t in {0, 1, length // 2, length - 2, length - 1}:
+        changed = windows.clone()
+        changed[0, t] = (windows[0, t] + 1) % 62
+        again, new_targets = frame(changed, direction, 64)
+        difference = (model(again, MASK_OF[direction]) - logits).abs().amax(-1)[0] > 0
+        assert new_targets[0, t] != targets[0, t]
+        expected = torch.arange(length) > t if direction == "fw" else torch.arange(length) < t
+        assert torch.equal(difference, expected), f"target {t}"
+
+
+def test_the_published_mask_shows_half_of_the_positions_their_target():
+    model = make("plain", 1, slope=-8.0)
+    windows = torch.randint(0, 62, (1, MAX + 1))
+    inputs, _ = frame(windows, "bw", 64)
+    x = model.embed(inputs).detach().requires_grad_()
+    out = model.run_blocks(x, "flipped", model.blocks)
+    sees_itself = 0
+    for t in range(1, MAX):  # the target of position t is the input at t - 1
+        (gradient,) = torch.autograd.grad(out[0, t].square().sum(), x, retain_graph=True)
+        sees_itself += gradient[0, t - 1].abs().sum().item() > 0
+    assert sees_itself == MAX // 2
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize("length", [MAX, 17])
+def test_mirror_identity(path, dtype, tolerance, length):
+    model = make(path, 3, dtype=dtype)
+    windows = torch.randint(0, 62, (2, length + 1))
+    backward, _ = frame(windows, "bw", 64)
+    mirrored = torch.where(backward == 63, 62, backward).flip(1)  # BW becomes FW, at the other end
+    with torch.no_grad():
+        model.embedding[63] = model.embedding[62]
+        difference = model(backward, "anticausal") - model(mirrored, "causal").flip(1)
+    assert difference.abs().max() < tolerance
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("options", [{}, {"num_heads": 2}, {"linear_value": True}, {"expand": 3}])
+@pytest.mark.parametrize("length", [MAX, 17])
+def test_every_path_computes_the_formula(mask, options, length):
+    tokens = torch.randint(0, 62, (2, length))
+    truth = make("plain", 2, **options).double()(tokens, mask)
+    for path in PATHS:
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+            out = make(path, 2, dtype=dtype, **options)(tokens, mask)
+            assert (out - truth).norm() / truth.norm() < tolerance, (path, dtype)
+
+
+@pytest.mark.parametrize("path", ["kernel", "compiled"])
+def test_every_path_has_the_formulas_gradients(path):
+    def gradients(model):
+        loss, _ = model.loss(windows, "bw")
+        loss.backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    windows = torch.randint(0, 62, (3, MAX + 1))
+    truth, found = gradients(make("plain", 2).double()), gradients(make(path, 2))
+    for name, gradient in truth.items():
+        # The kernel's slope gradient is a small difference of large terms: it is judged against the largest gradient.
+        scale = max(g.norm() for g in truth.values()) if name.endswith("slope") else gradient.norm()
+        assert (found[name] - gradient).norm() <= 1e-4 * scale, name
+
+
+def test_slopes_by_kernel_are_exact_at_full_length():
+    """The slope as two more channels: in bf16 positions must stay exact up to 1024, where bf16 itself counts in fours."""
+    config = GPTConfig(depth=1, width=64, vocab_size=64)
+    tokens = torch.randint(0, 62, (1, 1024))
+    models = [GPT(config, attention=attention) for attention in ("plain", "kernel")]
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        plain, kernel = (model.to(dtype)(tokens, "causal").float() for model in models)
+        assert (plain - kernel).norm() / plain.norm() < tolerance
+
+
+def test_compiled_once_for_all_blocks_lengths_and_directions():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = GPT(GPTConfig(depth=4, width=32, vocab_size=64), attention="kernel")
+    model.compile_blocks(backend=counter)
+    for length, batch in ((32, 32), (64, 4), (128, 2), (1000, 3)):
+        for direction in ("fw", "bw"):
+            model.loss(torch.randint(0, 62, (batch, length + 1)), direction)[0].backward()
+    assert counter.frame_count == 1
+
+
+# -- framing ----------------------------------------------------------------------------------------------------------
+
+
+def test_both_directions_score_the_same_tokens():
+    window = torch.arange(10, 15)[None]  # L = 4
+    assert frame(window, "fw")[0].tolist() == [[50302, 10, 11, 12]]
+    assert frame(window, "bw")[0].tolist() == [[11, 12, 13, 50303]]
+    assert frame(window, "fw")[1].tolist() == frame(window, "bw")[1].tolist() == [[10, 11, 12, 13]]
+    assert [x.tolist() for x in frame(window, "fw", direction_tokens=False)] == [[[10, 11, 12, 13]], [[11, 12, 13, 14]]]
+    assert [x.tolist() for x in frame(window, "bw", direction_tokens=False)] == [[[11, 12, 13, 14]], [[10, 11, 12, 13]]]
+    with pytest.raises(ValueError, match="direction"):
+        frame(window, "backward")
+
+
+# -- depth, loss, gradients -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_truncated_depth_equals_a_truncated_model(mask):
+    model = make("plain", 5)
+    tokens = torch.randint(0, 62, (2, 20))
+    for depth in (1, 3, 5):
+        small = make("plain", depth)
+        small.load_state_dict({k: v for k, v in model.state_dict().items() if k in small.state_dict()})
+        assert torch.equal(model(tokens, mask, depth=depth), small(tokens, mask))
+    with pytest.raises(ValueError, match="depth"):
+        model(tokens, mask, depth=6)
+    with pytest.raises(ValueError, match="max_seq_len"):
+        model(torch.zeros(1, MAX + 1, dtype=torch.long), mask)
+    with pytest.raises(ValueError, match="mask"):
+        model(tokens, "backward")
+
+
+def test_embedding_gradient_is_torchs_scale_grad_by_freq():
+    tokens = torch.randint(0, 20, (3, 30))
+    ours = torch.randn(64, 8, dtype=torch.double, requires_grad=True)
+    theirs = ours.detach().clone().requires_grad_()
+    out_gradient = torch.randn(3, 30, 8, dtype=torch.double)
+    CountedEmbedding.apply(ours, tokens, token_counts(tokens, 64)).backward(out_gradient)
+    F.embedding(tokens, theirs, scale_grad_by_freq=True).backward(out_gradient)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_head_loss_is_cross_entropy(chunk, monkeypatch):
+    monkeypatch.setattr(HeadLoss, "CHUNK", chunk)
+    hidden, weight = torch.randn(50, 16, requires_grad=True), torch.randn(64, 16, requires_grad=True)
+    targets = torch.randint(0, 64, (50,))
+    truth = F.cross_entropy(hidden @ weight.T, targets)
+    expected = torch.autograd.grad(truth * 3, (hidden, weight))
+    loss, hits = HeadLoss.apply(hidden, weight, targets, 50)
+    found = torch.autograd.grad(loss * 3, (hidden, weight))
+    torch.testing.assert_close((loss, *found), (truth, *expected), rtol=1e-5, atol=1e-6)
+    assert hits == ((hidden @ weight.T).argmax(-1) == targets).float().mean()
+
+
+def test_evaluate_averages_over_tokens_not_batches():
+    model = make("plain", 2)
+    windows = [torch.randint(0, 62, (5, 31)), torch.randint(0, 62, (1, 9))]
+    (result,) = evaluate(model, windows, "bw")
+    losses = [F.cross_entropy(model(x, "anticausal").flatten(0, 1), y.flatten(), reduction="sum") for x, y in (frame(w, "bw", 64) for w in windows)]
+    assert result["loss"] == pytest.approx(sum(losses).item() / 158, rel=1e-6)
+    assert result["ppl"] == pytest.approx(math.exp(result["loss"]))
+
+
+def test_saved_and_loaded(tmp_path):
+    model = make("plain", 2, num_heads=2)
+    (tmp_path / "model.safetensors").write_bytes(model_bytes(model, tokenizer="toyworld"))
+    again, metadata = load_model(tmp_path / "model.safetensors")
+    tokens = torch.randint(0, 62, (1, 9))
+    assert torch.equal(model(tokens, "none"), again(tokens, "none")) and metadata == {"tokenizer": "toyworld"}
+    (tmp_path / "model.safetensors").write_bytes(model_bytes(model, tokenizer="toyworld")[:-100])
+    with pytest.raises(ValueError, match="damaged"):
+        load_model(tmp_path / "model.safetensors")
+
+
+# -- the leak ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction, mask, leaks", [("fw", "causal", False), ("bw", "anticausal", False), ("bw", "flipped", True)])
+@pytest.mark.parametrize("path", ["plain", "kernel"])
+def test_noise_cannot_be_predicted_unless_the_mask_leaks(direction, mask, leaks, path):
+    """Independent uniform tokens hold ln V nats each: a lower loss on fresh samples means that targets were seen."""
+    torch.manual_seed(0)
+    symbols = 30
+    model = GPT(GPTConfig(depth=2, width=64, vocab_size=64, max_seq_len=32), attention=path)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(250):
+        loss, _ = model.loss(torch.randint(0, symbols, (32, 33)), direction, mask)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    (result,) = evaluate(model, [torch.randint(0, symbols, (64, 33)) for _ in range(4)], direction, mask)
+    if leaks:
+        assert result["loss"] < 0.7 * math.log(symbols)
+    else:
+        assert math.log(symbols) - 0.01 < result["loss"] < math.log(symbols) + 0.1
