@@ -1,0 +1,164 @@
+"""Settings and schedules: what a run is told, and hlb-gpt's recipe as plain functions. Needs no torch.
+
+    Settings(depth=4, width=192, p_bw=0.05)         every field is a flag of train.py, its help text stands beside it
+    Recipe(settings, params).lr(step)               learning rates, weight decay, sequence length, batch, micro-batches
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from flags import Option
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings: every one is a flag; the comment behind it is its help text
+# ---------------------------------------------------------------------------------------------------------------------
+
+TASKS = ("fw+bw", "fw-or-bw", "fw", "bw", "adaptive")
+
+
+@dataclass(frozen=True)
+class Settings:
+    # What is trained, on what
+    data: str = Option("wikitext-103", "a folder under data/, or a path to one, made by data/prepare.py")
+    task: str = Option("fw+bw", "fw+bw: fw always, with probability p_bw also bw on the same tokens (the article's); "
+                       "fw-or-bw: bw with probability p_bw, else fw; adaptive: fw+bw with p_bw = ppl_bw / ppl_fw", choices=TASKS)
+    p_bw: float = Option(0.05, "probability that a micro-batch is (also) learned backward; 0 is fw only", 0, 1)
+    bw_mask: str = Option("anticausal", "flipped is the article's published mask; it leaks the targets", choices=("anticausal", "flipped"))
+    direction_tokens: bool = Option(True, "tell the model its direction, and score the same tokens in both")
+    seed: int = Option(100, "initial weights, order of the text and direction draws, each from a stream of its own", 0)
+    # The model
+    depth: int = Option(8, "blocks", 1)
+    width: int = Option(384, "residual channels", 8)
+    model_scale: float | None = Option(None, "hlb-gpt's size law instead of depth and width: 1 is 8 x 384", 0.05)
+    num_heads: int = Option(1, "attention heads; hlb-gpt found one wide head best", 1)
+    linear_value: bool = Option(False, "attention values are the raw gate instead of the GeGLU")
+    expand: int = Option(2, "GeGLU channels per residual channel", 2)
+    qk_div: int = Option(8, "query and key have width / qk_div channels", 1)
+    max_seq_len: int = Option(1024, "longest sequence, and the length of every validation window", 2)
+    # How long: the run ends with the first step that reaches any of these
+    epochs: float | None = Option(10.0, "tokens passed through the model, both directions counted, per training token", 0)
+    tokens: float | None = Option(None, "the same as a number of tokens", 1)
+    tokens_fw: float | None = Option(None, "forward tokens only, for data-matched comparisons", 1)
+    steps: int | None = Option(None, "optimiser steps", 1)
+    # The batch: a step is several micro-batches
+    batch_tokens: int | None = Option(None, "tokens of a micro-batch; none: hlb-gpt's formula (57,236 at 8 x 384)", 2)
+    physical_tokens: int | None = Option(None, "tokens computed at once, to fit a card; changes rounding only", 2)
+    micro_batches: float | None = Option(None, "micro-batches per step; none: driven by the gradient norm", 0.1)
+    max_micro_batches: int = Option(100, "cap of their number; a run that reaches it is marked hit_cap", 1)
+    seq_len: int | None = Option(None, "sequence length; none: grows from seq_len_start to max_seq_len", 2)
+    seq_len_start: int = Option(32, "short sequences first: cheap, and enough for local statistics", 2)
+    seq_len_double_every: int = Option(80, "steps after which the sequence length doubles", 1)
+    sampling: str = Option("shuffled", "shuffled: every token once per pass; random: hlb-gpt's uniform windows", choices=("shuffled", "random"))
+    # The optimiser
+    lr: float | None = Option(None, "of the matrices; none: 2.62 * 9e7 / ln(params)^8.8, fitted from 46 M to 1.5 B parameters", 0)
+    lr_mult_slopes: float = Option(100.0, "slopes need to move by units while matrices move by hundredths", 0)
+    lr_mult_embedding: float = Option(32.0, "embedding and norms: most rows see few gradients", 0)
+    lr_mult_head: float = Option(2.0, "the head follows fast statistics", 0)
+    warmup_steps: int = Option(100, "linear warm-up from 2 % (not for head and slopes); 0 is off", 0)
+    lr_decay: float = Option(0.08, "power-law decay after the warm-up, needs no horizon; 0 is off", 0)
+    lr_decay_head: float = Option(0.2, "the same for the head, from step 0; 0 is off", 0)
+    lr_decay_slopes: float = Option(0.995, "factor per step for the slopes; 1 is off", 0, 1)
+    weight_decay: float | None = Option(None, "of the matrices; none: grows as the loss falls, 16 / B^loss", 0)
+    # Measuring and machine: none of these changes what is learned
+    study: str = Option("results/runs", "folder that holds the runs")
+    eval_every: int | None = Option(50, "steps between evaluations", 1)
+    eval_epochs: float | None = Option(0.25, "evaluate at least this often; late steps of the recipe are long", 0.0001)
+    device: str = Option("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
+    dtype: str = Option("auto", "of weights and activations; auto: bfloat16 where the machine multiplies it fast", choices=("auto", "float32", "bfloat16"))
+    compile: str = Option("auto", "torch.compile the block; auto: on CUDA with a compiler", choices=("auto", "on", "off"))
+
+
+OPERATIONAL = ("study", "eval_every", "eval_epochs", "physical_tokens", "device", "compile")  # not part of a run's name
+
+
+def resolve(settings: Settings) -> Settings:
+    """Fills in what follows from other settings, and rejects combinations that cannot be meant (ValueError)."""
+    values = asdict(settings)
+    if settings.model_scale is not None:
+        config = GPTConfig.from_scale(settings.model_scale)
+        values |= {"depth": config.depth, "width": config.width, "model_scale": None}
+    if settings.task in ("fw", "bw"):
+        values["p_bw"] = {"fw": 0.0, "bw": 1.0}[settings.task]
+    if settings.task == "adaptive":
+        values["p_bw"] = 1.0  # where it starts
+    if all(values[budget] is None for budget in ("epochs", "tokens", "tokens_fw", "steps")):
+        raise ValueError("no end is set: give --epochs, --tokens, --tokens_fw or --steps")
+    if settings.task == "bw" and settings.tokens_fw:
+        raise ValueError("--tokens_fw never ends a run with --task bw: give --tokens, --epochs or --steps")
+    for name in ("seq_len", "seq_len_start"):
+        if (values[name] or 0) > settings.max_seq_len:
+            raise ValueError(f"--{name} must be between 2 and --max_seq_len = {settings.max_seq_len}, got {values[name]}")
+    if not settings.direction_tokens and settings.task in ("fw+bw", "adaptive") and settings.max_seq_len < 2:
+        raise ValueError("--max_seq_len must be at least 2")
+    return Settings(**values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipe: hlb-gpt v0.4.1's schedules, as functions of the number of parameters and the step (counted from 0)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Recipe:
+    def __init__(self, settings: Settings, params: int) -> None:
+        self.settings, self.params = settings, params
+        log_params = math.log(params)
+        self.base_lr = settings.lr if settings.lr is not None else 2.62 * 9e7 / log_params**8.8
+        self.decay_base = 0.007 * (0.01 * log_params) ** -4
+        self.batch_tokens = settings.batch_tokens or math.floor(114688 / (1.52174 + 0.482 * (params / 46_009_736) ** 0.87))
+
+    def lr(self, step: int) -> dict[str, float]:
+        """Learning rate of every parameter group."""
+        s, warmup = self.settings, self.settings.warmup_steps
+        body = 0.02 + 0.98 * step / warmup if step < warmup else (step + 1 - warmup) ** -s.lr_decay
+        return {
+            "matrices": self.base_lr * body,
+            "slopes": self.base_lr * s.lr_mult_slopes * s.lr_decay_slopes**step,
+            "embedding": self.base_lr * s.lr_mult_embedding * body,
+            "head": self.base_lr * s.lr_mult_head * (step + 1) ** -s.lr_decay_head,
+        }
+
+    def weight_decay(self, last_loss: float | None) -> float:
+        """Of the matrices. `last_loss`: nats per token of the previous step's last micro-batch, None at step 0."""
+        if self.settings.weight_decay is not None:
+            return self.settings.weight_decay
+        return 16.0 if last_loss is None else 16.0 / self.decay_base**last_loss
+
+    def seq_len(self, step: int) -> int:
+        s = self.settings
+        if s.seq_len is not None:
+            return s.seq_len
+        doublings = max(0, step - 1) // s.seq_len_double_every  # the doubling acts on the step after
+        return min(s.max_seq_len, s.seq_len_start * 2 ** min(doublings, 30))
+
+    def batch(self, step: int) -> int:
+        """Sequences per micro-batch."""
+        return max(1, self.batch_tokens // self.seq_len(step))
+
+    def grad_norm_target(self, step: int) -> float:
+        """The gradient norm per square root of parameters that the number of micro-batches is steered towards."""
+        log_params = math.log(self.params)
+        return (self.params * log_params * (step + 0.01)) ** (-0.677 * log_params**-0.2)
+
+    def grow(self, micro_batches: float, grad_norm: float, step: int) -> float:
+        """The real-valued number of micro-batches after `step`, whose gradient norm is given."""
+        if self.settings.micro_batches is not None or step % 5:
+            return micro_batches
+        ratio = grad_norm / math.sqrt(self.params) / self.grad_norm_target(step)
+        return min(max(micro_batches * (1 + 0.5 * (ratio - 1)), 0.1), float(self.settings.max_micro_batches))
+
+    def count(self, micro_batches: float, draw: float) -> int:
+        """How many micro-batches a step takes: the whole part, and one more with the fraction's probability."""
+        whole = math.floor(micro_batches)
+        return min(max(1, whole + (draw < micro_batches - whole)), self.settings.max_micro_batches)
+
+
+def draw(seed: int, stream: str, *counter: int) -> float:
+    """A uniform number in [0, 1) that depends on its arguments alone: nothing to save, nothing to fall out of step.
+
+    So a larger p_bw trains backward on every micro-batch that a smaller one does, and on more.
+    """
+    return np.random.default_rng([seed, *stream.encode(), *counter]).random()

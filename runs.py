@@ -1,0 +1,172 @@
+"""A run's folder: its name, settings, tables and state. No torch is needed to read one.
+
+    results/<study>/<run>/config.json      all settings, versions, device, commit
+                          curve.csv        one row per evaluation
+                          layers.csv       one row per ablation of layers (eval_layers.py)
+                          model.safetensors, state.pt    weights and resume state, not committed
+                          finished.json    written last: a run without it is unfinished
+
+    >>> for run in read_study("results/demo"):
+    ...     print(run.name, run["p_bw"], run.curve.fw_loss.iloc[-1])
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+CURVE_COLUMNS = (
+    "step", "epoch", "tokens_total", "tokens_fw", "tokens_bw", "seconds", "train_loss", "train_acc",
+    "fw_loss", "fw_acc", "fw_ppl", "bw_loss", "bw_acc", "bw_ppl", "tokens_unique", "lr", "weight_decay",
+    "grad_norm", "micro_batches", "seq_len", "p_bw", "hit_cap",
+)  # fmt: skip
+LAYERS_COLUMNS = (
+    "ablation", "layers_remaining", "layer", "fw_loss", "fw_acc", "fw_ppl", "bw_loss", "bw_acc", "bw_ppl",
+)  # fmt: skip
+
+
+class RunError(RuntimeError):
+    """A run's folder that cannot be used; the message is one sentence for the user."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing: a reader never sees half a file, whatever kills the writer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Writes a file under a temporary name, flushes it to disk and renames it. On failure `path` is as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = content.encode() if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_json(path: str | Path, content: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_table(path: str | Path, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    """Writes a whole table. Tables are small, so a new row rewrites the file: no reader ever sees half a row.
+
+    Floats keep every digit (`repr`), None becomes an empty cell; a row with an unknown key is a ValueError.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is damaged ({error}): restore it, or delete the run's folder and train it again") from None
+    if not isinstance(content, dict):
+        raise RunError(f"{path} is damaged (not a JSON object): delete the run's folder and train it again")
+    return content
+
+
+def read_table(path: str | Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    """A run's table with at least `columns`; an empty frame if there is no such file; RunError if it is damaged."""
+    path = Path(path)
+    if not path.exists():
+        return pd.DataFrame(columns=list(columns))
+    try:
+        table = pd.read_csv(path)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is damaged ({error}): restore it, or delete it and run the command that made it") from None
+    for column in columns:
+        if column not in table:
+            raise RunError(f"{path} has no column {column!r}: it is damaged or was written by an older version")
+    return table
+
+
+@dataclass
+class Run:
+    """One training run, as its folder tells it. `run["depth"]` is short for `run.settings["depth"]`."""
+
+    folder: Path
+    config: dict[str, Any]
+    curve: pd.DataFrame = field(repr=False)
+    layers: pd.DataFrame = field(repr=False)
+    finished: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.config["settings"]
+
+    def __getitem__(self, setting: str) -> Any:
+        return self.settings[setting]
+
+
+def read_run(folder: str | Path) -> Run:
+    """Reads a run's config and tables. Raises RunError where there is no run, or a damaged one."""
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise RunError(f"{folder} is not a run: it has no config.json (python train.py writes one)")
+    config = read_json(folder / "config.json")
+    for key in ("settings", "params", "data"):
+        if key not in config:
+            raise RunError(f"{folder / 'config.json'} has no {key!r}: it is damaged or was written by an older version")
+    finished = folder / "finished.json"
+    return Run(
+        folder=folder,
+        config=config,
+        curve=read_table(folder / "curve.csv", CURVE_COLUMNS[:-1]),
+        layers=read_table(folder / "layers.csv", LAYERS_COLUMNS),
+        finished=read_json(finished) if finished.exists() else None,
+    )
+
+
+def read_study(folder: str | Path) -> list[Run]:
+    """All runs of a study, finished or not, sorted by name. RunError if the folder holds none."""
+    folder = Path(folder)
+    found = [read_run(config.parent) for config in sorted(folder.glob("*/config.json"))]
+    if not found:
+        raise RunError(f"{folder} holds no runs: train some with python train.py --study {folder}")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Naming
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_name(settings: dict[str, Any]) -> str:
+    """A readable name that is unique to these settings: `8x384_pbw0.05_seed100_3f2a9c`.
+
+    The hash covers every setting given, so pass only those that change the result; the same settings give the same
+    name on any machine, which is how a command that is run again finds its run.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+    return f"{settings['depth']}x{settings['width']}_pbw{settings['p_bw']:g}_seed{settings['seed']}_{digest}"
