@@ -128,21 +128,23 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> 
 def kernel_attention(query: Tensor, key: Tensor, value: Tensor, slope: Tensor) -> Tensor:
     """Causal attention with the learned slope, by any stock causal kernel. Shapes as in `plain_attention`.
 
-    No mask tensor: in a softmax over keys j, slope * (j - i) acts as slope * j, and that is two more channels of the
-    dot product. Splitting j into j div 32 and j mod 32 keeps both exact in bf16 (up to position 8191). Kernels want
-    values no wider than queries, so the value channels are split into groups that share query and key.
+    No mask tensor: slope * (j - i) is three more channels of the dot product, (32, 1, -i) * slope for the query and
+    (j div 32, j mod 32, 1) for the key, exact in bf16 up to key 8191. A softmax over j does not feel the third one,
+    but the slope's gradient does: it is what keeps rounding errors from being multiplied by j instead of j - i.
+    Kernels want values no wider than queries, so the value channels are split into groups that share query and key.
     """
     B, H, T, dim = query.shape
     position = torch.arange(T, device=key.device)
-    key_position = torch.stack([position // 32, position % 32], -1).to(key.dtype).expand(B, H, T, 2)
-    unit = torch.tensor([32.0, 1.0], device=query.device)
-    query_position = (slope.float() * math.sqrt(dim) * unit).to(query.dtype).expand(B, H, T, 2)
+    one = torch.ones_like(position)
+    key_position = torch.stack([position // 32, position % 32, one], -1).to(key.dtype).expand(B, H, T, 3)
+    unit = torch.stack([32 * one, one, -position], -1) * math.sqrt(dim)
+    query_position = (slope.float() * unit).to(query.dtype).expand(B, H, T, 3)
 
-    kernel_dim = 1 << (dim + 1).bit_length()  # the next power of two that holds dim + 2
+    kernel_dim = 1 << (dim + 2).bit_length()  # the next power of two that holds dim + 3
     groups = next(g for g in range(1, value.shape[-1] + 1) if value.shape[-1] % g == 0 and value.shape[-1] // g <= kernel_dim)
     group_dim = value.shape[-1] // groups
-    query = F.pad(torch.cat([query, query_position], -1), (0, kernel_dim - dim - 2))
-    key = F.pad(torch.cat([key, key_position], -1), (0, kernel_dim - dim - 2))
+    query = F.pad(torch.cat([query, query_position], -1), (0, kernel_dim - dim - 3))
+    key = F.pad(torch.cat([key, key_position], -1), (0, kernel_dim - dim - 3))
     query, key = (x[:, :, None].expand(B, H, groups, T, kernel_dim).reshape(B, H * groups, T, kernel_dim) for x in (query, key))
     value = value.unflatten(-1, (groups, group_dim)).transpose(2, 3).reshape(B, H * groups, T, group_dim)
     value = F.pad(value, (0, kernel_dim - group_dim))

@@ -1,4 +1,4 @@
-"""Settings and schedules: what a run is told, and hlb-gpt's recipe as plain functions. Needs no torch.
+"""Settings and schedules: what a run is told, and hlb-gpt's recipe as plain functions.
 
     Settings(depth=4, width=192, p_bw=0.05)         every field is a flag of train.py, its help text stands beside it
     Recipe(settings, params).lr(step)               learning rates, weight decay, sequence length, batch, micro-batches
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from flags import Option
+from model import GPTConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings: every one is a flag; the comment behind it is its help text
@@ -92,8 +93,6 @@ def resolve(settings: Settings) -> Settings:
     for name in ("seq_len", "seq_len_start"):
         if (values[name] or 0) > settings.max_seq_len:
             raise ValueError(f"--{name} must be between 2 and --max_seq_len = {settings.max_seq_len}, got {values[name]}")
-    if not settings.direction_tokens and settings.task in ("fw+bw", "adaptive") and settings.max_seq_len < 2:
-        raise ValueError("--max_seq_len must be at least 2")
     return Settings(**values)
 
 

@@ -170,9 +170,7 @@ def test_every_path_has_the_formulas_gradients(path):
     windows = torch.randint(0, 62, (3, MAX + 1))
     truth, found = gradients(make("plain", 2).double()), gradients(make(path, 2))
     for name, gradient in truth.items():
-        # The kernel's slope gradient is a small difference of large terms: it is judged against the largest gradient.
-        scale = max(g.norm() for g in truth.values()) if name.endswith("slope") else gradient.norm()
-        assert (found[name] - gradient).norm() <= 1e-4 * scale, name
+        assert (found[name] - gradient).norm() <= 1e-3 * gradient.norm(), name
 
 
 def test_slopes_by_kernel_are_exact_at_full_length():
@@ -183,6 +181,22 @@ def test_slopes_by_kernel_are_exact_at_full_length():
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         plain, kernel = (model.to(dtype)(tokens, "causal").float() for model in models)
         assert (plain - kernel).norm() / plain.norm() < tolerance
+
+
+def test_the_slopes_gradient_survives_bf16_at_full_length():
+    """Positions up to 1024 enter the kernel's dot product; their rounding errors must not end up in the slope."""
+
+    def slope_gradient(attention, dtype):
+        model = GPT(GPTConfig(depth=1, width=64, vocab_size=512), attention=attention)
+        with torch.no_grad():
+            model.embedding.mul_(20)
+            model.blocks[0].project.mul_(5)
+        model = model.bfloat16().to(dtype)
+        model.loss(windows, "fw")[0].backward()
+        return model.blocks[0].slope.grad.item()
+
+    windows = torch.randint(0, 500, (8, 1025), generator=torch.Generator().manual_seed(1))
+    assert slope_gradient("kernel", torch.bfloat16) == pytest.approx(slope_gradient("plain", torch.float64), rel=0.2)
 
 
 def test_compiled_once_for_all_blocks_lengths_and_directions():

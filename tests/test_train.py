@@ -1,0 +1,310 @@
+"""Training: the recipe's numbers, kill and resume, what must not change a run, every way it can stop."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import runs
+import train
+from model import load_model
+from data.toyworld import write_corpus
+from recipe import Recipe, Settings, draw, resolve
+from runs import RunError
+
+N = 46_009_736
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus") / "toyworld"
+    write_corpus(folder, people=20, towns=5, train_tokens=20_000, val_tokens=2_000)
+    return folder
+
+
+TINY = "--depth 2 --width 32 --max_seq_len 32 --batch_tokens 256 --micro_batches 1.5 --lr 0.003 --epochs none --device cpu --dtype float32"
+
+
+def flags(corpus, study, more=""):
+    return [*f"--data {corpus} --study {study} {TINY} {more}".split()]
+
+
+def run(corpus, study, more=""):
+    (row,) = train.main(flags(corpus, study, more))
+    (folder,) = (path.parent for path in study.glob("*/config.json"))
+    return row, folder
+
+
+def results(folder):
+    """Weights and table of a run; the clock is not a result."""
+    curve = pd.read_csv(folder / "curve.csv").drop(columns="seconds")
+    return load_file(folder / "model.safetensors"), curve
+
+
+def assert_same(a, b):
+    pd.testing.assert_frame_equal(results(a)[1], results(b)[1], check_exact=True)
+    for name, weights in results(a)[0].items():
+        assert torch.equal(weights, results(b)[0][name]), name
+
+
+# -- the recipe -------------------------------------------------------------------------------------------------------
+
+
+def test_the_recipes_constants():
+    recipe = Recipe(Settings(), N)
+    assert recipe.base_lr == pytest.approx(2.52587e-3, rel=1e-5)
+    assert recipe.decay_base == pytest.approx(7.22228, rel=1e-6)
+    assert recipe.batch_tokens == 57_236
+    assert recipe.grad_norm_target(0) == pytest.approx(2.31964e-3, rel=1e-5)
+    assert recipe.grad_norm_target(100) == pytest.approx(6.9215e-5, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "step, body, head, slopes, length, batch",
+    [
+        (0, 0.02, 1.0, 1.0, 32, 1788),
+        (80, 0.804, 81**-0.2, 0.995**80, 32, 1788),
+        (81, 0.8138, 82**-0.2, 0.995**81, 64, 894),
+        (99, 0.9902, 100**-0.2, 0.995**99, 64, 894),
+        (100, 1.0, 101**-0.2, 0.995**100, 64, 894),
+        (400, 301**-0.08, 401**-0.2, 0.995**400, 512, 111),
+        (1000, 901**-0.08, 1001**-0.2, 0.995**1000, 1024, 55),
+    ],
+)
+def test_the_recipes_schedules(step, body, head, slopes, length, batch):
+    recipe, base = Recipe(Settings(), N), 2.5258669e-3
+    expected = {"matrices": base * body, "slopes": 100 * base * slopes, "embedding": 32 * base * body, "head": 2 * base * head}
+    assert recipe.lr(step) == pytest.approx(expected, rel=1e-5)
+    assert (recipe.seq_len(step), recipe.batch(step)) == (length, batch)
+
+
+def test_weight_decay_and_micro_batches():
+    recipe = Recipe(Settings(), N)
+    assert recipe.weight_decay(None) == 16
+    assert recipe.weight_decay(3.8) == pytest.approx(16 / 7.22228**3.8, rel=1e-5)
+    norm = 2 * recipe.grad_norm_target(400) * N**0.5  # twice the target: half as many more
+    assert recipe.grow(4.0, norm, 400) == pytest.approx(6.0)
+    assert recipe.grow(4.0, norm, 401) == 4.0  # only every fifth step
+    assert recipe.grow(0.1, 0.0, 0) == 0.1
+    assert recipe.grow(90.0, norm, 400) == 100
+    assert [recipe.count(0.1, 0.05), recipe.count(2.3, 0.29), recipe.count(2.3, 0.31), recipe.count(500, 0.5)] == [1, 3, 2, 100]
+
+
+def test_every_schedule_can_be_fixed():
+    recipe = Recipe(Settings(lr=0.5, warmup_steps=0, lr_decay=0, lr_decay_head=0, lr_decay_slopes=1, weight_decay=0.1, seq_len=64,
+                             micro_batches=3, batch_tokens=640), N)  # fmt: skip
+    for step in (0, 7, 1000):
+        assert recipe.lr(step) == {"matrices": 0.5, "slopes": 50, "embedding": 16, "head": 1}
+        assert (recipe.weight_decay(2.0), recipe.seq_len(step), recipe.batch(step)) == (0.1, 64, 10)
+        assert recipe.grow(3, 1e9, step) == 3
+
+
+def test_every_parameter_is_in_the_group_that_the_recipe_names(corpus, tmp_path):
+    _, folder = run(corpus, tmp_path, "--steps 1")
+    model, _ = load_model(folder / "model.safetensors")
+    groups = {group["name"]: group for group in train.make_optimizer(model).param_groups}
+    sizes = {name: sum(p.numel() for p in group["params"]) for name, group in groups.items()}
+    D, V = 32, model.config.vocab_size
+    assert sizes == {"matrices": 2 * (136 * D + 2 * D * D), "slopes": 2, "embedding": V * D + 3 * D, "head": V * D}
+    assert groups["head"]["betas"] == (0.6, 0.95) and groups["matrices"]["betas"] == (0.9, 0.95) and groups["head"]["eps"] == 1e-9
+
+
+def test_draws_are_nested_in_p_bw_and_independent_between_streams():
+    draws = [draw(100, "direction", k) for k in range(4000)]
+    assert sum(x < 0.05 for x in draws) == pytest.approx(200, abs=45)
+    assert draws != [draw(100, "micro_batches", k) for k in range(4000)] and draws != [draw(101, "direction", k) for k in range(4000)]
+
+
+# -- a run ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_its_folder_learns_and_is_not_run_twice(corpus, tmp_path, capsys):
+    row, folder = run(corpus, tmp_path, "--steps 60 --eval_every 30 --eval_epochs none --p_bw 0.5")
+    found = runs.read_run(folder)
+    assert list(found.curve.step) == [30, 60] and list(found.curve.columns) == list(runs.CURVE_COLUMNS)
+    assert found.finished["step"] == 60 and not (folder / "state.pt").exists()
+    assert row["fw_loss"] < 4 and row["bw_loss"] < 5 and row["fw_ppl"] == pytest.approx(2.718281828 ** row["fw_loss"])
+    assert row["tokens_total"] == row["tokens_fw"] + row["tokens_bw"] and row["tokens_unique"] == row["tokens_fw"]
+    assert found.config["params"] > 0 and found.config["data"]["floor"] > 0
+    before = (folder / "curve.csv").read_bytes()
+    again, _ = run(corpus, tmp_path, "--steps 60 --eval_every 30 --eval_epochs none --p_bw 0.5")
+    assert "is finished" in capsys.readouterr().out and again["fw_loss"] == row["fw_loss"]
+    assert (folder / "curve.csv").read_bytes() == before
+
+
+def test_how_often_one_evaluates_changes_nothing(corpus, tmp_path):
+    _, often = run(corpus, tmp_path / "a", "--steps 20 --eval_every 1 --p_bw 0.3")
+    _, rarely = run(corpus, tmp_path / "b", "--steps 20 --eval_every none --eval_epochs none --p_bw 0.3")
+    assert often.name == rarely.name
+    for name, weights in results(often)[0].items():
+        assert torch.equal(weights, results(rarely)[0][name]), name
+    pd.testing.assert_frame_equal(results(often)[1].tail(1).reset_index(drop=True), results(rarely)[1])
+
+
+def rows_written(study):
+    return sum(len(path.read_text().splitlines()) for path in study.glob("*/curve.csv"))
+
+
+@pytest.mark.parametrize("schedule", ["--micro_batches 1.5", "--micro_batches none --seq_len_start 8 --seq_len_double_every 5"])
+def test_killed_and_resumed_ends_the_same_bit_for_bit(corpus, tmp_path, schedule):
+    more = f"--steps 40 --eval_every 4 --p_bw 0.5 {schedule}"
+    _, whole = run(corpus, tmp_path / "whole", more)
+    command = [sys.executable, str(ROOT / "train.py"), *flags(corpus, tmp_path / "killed", more)]
+    environment = {"OMP_NUM_THREADS": "1", "PATH": ""}
+    for _ in range(2):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        rows = rows_written(tmp_path / "killed")
+        while rows_written(tmp_path / "killed") < rows + 2 and process.poll() is None:  # let it get further each time
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    (folder,) = (path.parent for path in (tmp_path / "killed").glob("*/config.json"))
+    assert not (folder / "finished.json").exists(), "it was meant to be killed before its end"
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
+    assert_same(whole, folder)
+
+
+@pytest.mark.parametrize("task", ["fw+bw", "fw-or-bw"])
+def test_lowering_the_physical_batch_changes_rounding_only(corpus, tmp_path, task):
+    more = f"--steps 12 --p_bw 0.5 --task {task}"
+    whole, folder = run(corpus, tmp_path / "a", more)
+    pieces, other = run(corpus, tmp_path / "b", more + " --physical_tokens 96")
+    assert folder.name == other.name  # it is the same run
+    assert pieces["fw_loss"] == pytest.approx(whole["fw_loss"], abs=2e-4)
+    assert pieces["bw_loss"] == pytest.approx(whole["bw_loss"], abs=2e-4)
+    assert pieces["tokens_total"] == whole["tokens_total"]
+
+
+def test_paired_runs_share_weights_text_and_windows(corpus, tmp_path):
+    """Runs that differ in p_bw read the same text: at a learning rate of 0 they measure the same losses."""
+    rows = train.main(flags(corpus, tmp_path, "--steps 6 --p_bw 0 0.5 1 --lr 0 --micro_batches 1"))
+    assert len({row["fw_loss"] for row in rows}) == len({row["train_loss"] for row in rows}) == len({row["tokens_unique"] for row in rows}) == 1
+    assert [row["tokens_bw"] for row in rows][::2] == [0, rows[0]["tokens_fw"]]
+
+
+@pytest.mark.parametrize(
+    "task, fw, bw", [("fw", 1, 0), ("bw", 0, 1), ("fw+bw --p_bw 1", 1, 1), ("fw-or-bw --p_bw 1", 0, 1), ("fw-or-bw --p_bw 0", 1, 0)]
+)
+def test_tasks_count_their_passes(corpus, tmp_path, task, fw, bw):
+    row, _ = run(corpus, tmp_path, f"--task {task} --steps 4 --micro_batches 2")
+    shown = 4 * 2 * 256
+    assert (row["tokens_fw"], row["tokens_bw"], row["tokens_unique"]) == (fw * shown, bw * shown, shown)
+    assert row["train_loss"] > 0
+
+
+def test_adaptive_p_bw_follows_the_two_perplexities(corpus, tmp_path):
+    row, _ = run(corpus, tmp_path, "--task adaptive --steps 8")
+    assert 0.01 <= row["p_bw"] <= 1 and row["tokens_bw"] > 0
+
+
+@pytest.mark.parametrize("budget, column, value", [("--steps 7", "step", 7), ("--tokens 2000", "tokens_total", 2048),
+                                                   ("--tokens_fw 2000", "tokens_fw", 2048), ("--epochs 0.1", "epoch", 0.1)])  # fmt: skip
+def test_a_run_ends_with_the_first_step_that_reaches_its_budget(corpus, tmp_path, budget, column, value):
+    row, _ = run(corpus, tmp_path, f"{budget} --micro_batches 1 --p_bw 0")
+    assert value <= row[column] <= value * 1.15
+
+
+def test_a_run_that_reaches_the_cap_is_marked(corpus, tmp_path, capsys):
+    row, folder = run(corpus, tmp_path, "--steps 30 --micro_batches none --max_micro_batches 2 --lr 0.00001")
+    assert row["hit_cap"] and runs.read_run(folder).finished["hit_cap"] and "--max_micro_batches" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other, tolerance", [("--dtype bfloat16", 0.05), ("--compile on", 2e-4)])
+def test_bf16_and_compiled_learn_what_float32_learns(corpus, tmp_path, other, tolerance):
+    if "compile" in other and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    row, _ = run(corpus, tmp_path / "a", "--steps 20 --p_bw 0.5")
+    again, _ = run(corpus, tmp_path / "b", f"--steps 20 --p_bw 0.5 {other}")
+    assert again["fw_loss"] == pytest.approx(row["fw_loss"], abs=tolerance)
+    assert again["bw_loss"] == pytest.approx(row["bw_loss"], abs=tolerance)
+
+
+# -- how it stops -----------------------------------------------------------------------------------------------------
+
+
+def test_stops_at_the_first_infinite_loss_and_says_where(corpus, tmp_path):
+    with pytest.raises(SystemExit, match=r"is (nan|inf) at step \d+ \(lr .*float32.*--lr"):
+        run(corpus, tmp_path, "--steps 200 --lr 1e30 --warmup_steps 0")
+
+
+def test_a_loss_below_the_entropy_of_the_text_is_an_alarm_but_not_for_the_leaking_mask(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "data_floor", lambda tokens: (9.0, 0.01))
+    with pytest.raises(SystemExit, match="below the entropy.*sees its targets"):
+        run(corpus, tmp_path / "a", "--steps 5")
+    monkeypatch.setattr(train, "data_floor", lambda tokens: (0.0, 0.0))
+    run(corpus, tmp_path / "b", "--steps 5 --bw_mask flipped")
+
+
+def test_out_of_memory_names_the_flag(corpus, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train.Training, "step", full)
+    with pytest.raises(SystemExit, match="--physical_tokens"):
+        run(corpus, tmp_path, "--steps 5")
+
+
+def test_unprepared_data_names_the_command(tmp_path):
+    result = subprocess.run([sys.executable, str(ROOT / "train.py"), "--study", str(tmp_path), "--data", "wikitext-2"], capture_output=True, text=True)
+    assert result.returncode == 1 and "python data/prepare.py wikitext-2" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("damage", ["truncate", "replace"])
+def test_a_damaged_state_is_named_and_code_in_it_never_runs(corpus, tmp_path, damage):
+    more = "--steps 8 --eval_every 4"
+    _, folder = run(corpus, tmp_path, more)
+    (folder / "finished.json").unlink()
+    if damage == "truncate":
+        (folder / "state.pt").write_bytes(b"PK half a file")
+    else:
+        torch.save({"model": print}, folder / "state.pt")
+    with pytest.raises(SystemExit, match="state.pt is damaged"):
+        run(corpus, tmp_path, more)
+
+
+def test_other_text_under_the_same_name_is_not_continued(corpus, tmp_path):
+    _, folder = run(corpus, tmp_path, "--steps 4")
+    (folder / "finished.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["data"]["sha256"]["train"] = "0" * 64
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="other tokens"):
+        run(corpus, tmp_path, "--steps 4")
+
+
+def test_one_failure_does_not_stop_a_grid(corpus, tmp_path):
+    with pytest.raises(SystemExit, match="1 of 2 runs failed:\nwidth must be a multiple"):
+        train.main(flags(corpus, tmp_path, "--steps 2 --width 36 32"))
+    assert len(list(tmp_path.glob("*/finished.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [("--p_bw 1.5", "--p_bw: must be a number from 0 to 1"), ("--depth 0", "--depth: must be an integer of at least 1"), ("--lr nan", "--lr"),
+     ("--task backward", "--task: must be fw\\+bw"), ("--depht 3", "--depht"), ("--linear_value maybe", "true or false")],
+)  # fmt: skip
+def test_wrong_flags_are_named_with_their_range(wrong, sentence, capsys):
+    with pytest.raises(SystemExit):
+        train.main(wrong.split())
+    assert __import__("re").search(sentence, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("settings, flag", [(dict(epochs=None), "--epochs"), (dict(seq_len=2048), "--seq_len"), (dict(task="bw", tokens_fw=9.0), "--tokens_fw")])
+def test_settings_that_contradict_each_other_are_named(settings, flag):
+    with pytest.raises(ValueError, match=flag):
+        resolve(Settings(**settings))
+
+
+def test_names_depend_on_results_alone():
+    name = train.run_folder(Settings()).name
+    assert name == train.run_folder(Settings(eval_every=7, device="cpu", physical_tokens=64, compile="off")).name
+    assert len({train.run_folder(Settings(**change)).name for change in ({}, {"p_bw": 0.0}, {"seed": 1}, {"lr": 0.1}, {"bw_mask": "flipped"})}) == 5
+    assert train.run_folder(resolve(Settings(model_scale=1.0))).name == name
