@@ -1,0 +1,330 @@
+"""Every figure of a study, from its result tables alone (no torch). Numbers: compare.py; words: report.py;
+drawing: drawing.py, plot_layers.py.
+
+    python plot_results.py                                # every study under results/
+    python plot_results.py results/demo                   # everything its tables allow -> results/demo/figures/*.png
+    python plot_results.py results/demo --figure curves ratio1_violins --metric ppl --x tokens_total
+    python plot_results.py results/demo --epochs 1 5 --order ratio_then_mean --seeds 100 101 --smooth 25
+    python plot_results.py results/demo --report          # README-ready tables on stdout instead of figures
+
+A new figure: write a function (study, options) -> list of paths, and name it in FIGURES. What is missing or unfinished
+is left out and named, never guessed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import Callable, Sequence
+
+import numpy as np
+
+from compare import (
+    FW_ONLY, METRICS, ORDERS, Ratios, Study, StudyError, average, common_grid, final_ratio, final_values, load,
+    on_grid, ratio_curve, reaches, trajectory,
+)  # fmt: skip
+from drawing import (
+    COLOURS, DASHES, METRIC_LABELS, UNITS, X_LABELS, Options, by_group, coloured_cells, label_ends, meaning, new_figure,
+    pick, plain_log_axis, runs_of, save, smoothed, variant_colours,
+)  # fmt: skip
+from plot_layers import layers_cut, layers_drop, layers_ratio1, layers_ratio2
+from report import describe, floor_of, markdown, short, summary  # noqa: F401 (`make demo` calls summary from here)
+
+# Windows of epochs for the violins, each drawn if a study's runs reach it.
+WINDOWS = ((0.0, 10.0), (0.0, 1.0), (5.0, 10.0))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures over training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def curves(study: Study, options: Options = Options()) -> list[Path]:
+    """fw and bw validation metric over training, one figure per size; every seed thin, the mean over seeds thick."""
+    metric, paths = options.metric or "loss", []
+    for cell, by in study.cells.items():
+        scales = ["log"] if options.log else ["linear", "log"]
+        figure, axes = new_figure(len(scales), 2, (11, 3.6 * len(scales) + 0.4))
+        runs = [run for seeds in by.values() for run in seeds.values()]
+        for (row, column), ax in np.ndenumerate(axes):
+            direction = ("fw", "bw")[column]
+            floor = floor_of(runs) if metric == "loss" else None
+            _curves_panel(ax, by, f"{direction}_{metric}", options, scales[row], floor, variant_colours(study))
+            ax.set_title(f"{direction}, {'log-log' if scales[row] == 'log' else 'linear'}", fontsize=9, loc="left")
+            ax.set_xlabel(X_LABELS[options.x], fontsize=8)
+            ax.set_ylabel(UNITS[metric], fontsize=8)
+        caption = f"Thin: each seed; thick: mean over seeds, where all of them were evaluated. {describe(runs)}."
+        if FW_ONLY in by:
+            caption += " The bw task of p_bw = 0 was never trained."
+        if not options.log and metric != "acc":
+            caption += " Linear panels leave out the steep start (arrow: the line lies outside); log-log shows all."
+        size = f"{cell.label} ({short(cell.params)} parameters)"
+        title = f"Validation {METRIC_LABELS[metric]} of {size}, {study.heading(cell.group)}"
+        name = f"curves_{cell.depth}x{cell.width}" + options.tag("metric", "x", "epochs", "log")
+        paths.append(save(study, figure, cell.group, name, title, caption))
+    return paths
+
+
+def _curves_panel(ax, by: dict, column: str, options: Options, scale: str, floor, colours: dict) -> None:
+    labels, tops, lows = [], [], []
+    start, stop = options.epochs if options.epochs and options.x.startswith("epoch") else (-np.inf, np.inf)
+    for variant, seeds in by.items():
+        colour = colours[variant]
+        lines = [trajectory(run, column, options.x) for run in seeds.values()]
+        lines = [(x[keep], y[keep]) for x, y in lines for keep in [(x >= start) & (x <= stop)]]
+        if scale == "log":
+            lines = [(x[x > 0], y[x > 0]) for x, y in lines]
+        grid = common_grid(lines)
+        if not len(grid):
+            continue
+        mean = on_grid(lines, grid).mean(0)
+        for x, y in lines:
+            ax.plot(x, y, color=colour, linewidth=0.7, alpha=0.45)
+        ax.plot(grid, mean, color=colour, linewidth=1.6, marker="o" if len(grid) == 1 else "")
+        last = np.mean([y[-1] for _, y in lines])  # as in the tables; the mean's line ends where the first seed does
+        labels.append((last, f"{variant.label}: {last:.3f}", colour))
+        if variant.trains(column[:2]):
+            tops.append(np.interp(grid[0] + 0.1 * (grid[-1] - grid[0]), grid, mean))
+            lows.append(mean.min())
+    if floor:
+        ax.axhline(floor[0], color="0.35", linestyle="--", linewidth=1)
+        labels.append((floor[0], f"entropy floor: {floor[0]:.3f}", "0.35"))
+        lows.append(floor[0])
+    if scale == "log":
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        plain_log_axis(ax.xaxis)
+        plain_log_axis(ax.yaxis)
+    elif tops and not column.endswith("acc"):
+        pad = 0.06 * (max(tops) - min(lows)) or 0.05
+        ax.set_ylim(min(lows) - pad, max(tops) + pad)
+    label_ends(ax, labels)
+
+
+def ratio1_training(study: Study, options: Options = Options()) -> list[Path]:
+    """Ratio 1 over training, a line per size: colour tells the width, dashes the depth."""
+    metric, order, paths = options.metric or "loss", options.order or ORDERS[0], []
+    variant, ratios = pick(study, options, "ratio1", metric)
+    for group, cells in by_group(study, ratios).items():
+        figure, [[ax]] = new_figure(1, 1, (8, 4.6))
+        ax.axhline(1, color="0.5", linewidth=1)
+        labels = []
+        widths, depths = (sorted({getattr(cell, size) for cell in cells}) for size in ("width", "depth"))
+        for cell, terms in cells.items():
+            grid, top, bottom = ratio_curve(terms, options.x, options.epochs if options.x.startswith("epoch") else None)
+            if not len(grid):
+                study.note(f"ratio 1 over training, {study.name(cell)}: its runs do not overlap")
+                continue
+            colour, dash = COLOURS[widths.index(cell.width) % 7], DASHES[depths.index(cell.depth) % 4]
+            line = smoothed(average(top, bottom, order), options.smooth)
+            for seed in (top / bottom if options.all_seeds else []):
+                ax.plot(grid, smoothed(seed, options.smooth), color=colour, linestyle=dash, linewidth=0.6, alpha=0.5)
+            ax.plot(grid, line, color=colour, linestyle=dash, linewidth=1.8)
+            labels.append((line[-1], f"{cell.label} (n = {len(terms)}): {line[-1]:.3f}", colour))
+        if not labels:
+            continue
+        if options.log:
+            ax.set_xscale("log")
+            plain_log_axis(ax.xaxis)
+        ax.set_xlabel(X_LABELS[options.x], fontsize=8)
+        ax.set_ylabel(f"ratio 1 of fw {METRIC_LABELS[metric]}", fontsize=8)
+        label_ends(ax, labels, 0.042)
+        caption = f"{meaning('ratio1', metric, variant.label)} Colour: width; dashes: depth. Order {order}; "
+        caption += f"moving average over {options.smooth} of 500 points. " if options.smooth > 1 else "not smoothed. "
+        tag = options.tag("metric", "x", "epochs", "order", "smooth", "log", "all_seeds", "p_bw", "task")
+        title = f"Ratio 1 over training, {study.heading(group)}"
+        caption += describe(runs_of(cells)) + "."
+        paths.append(save(study, figure, group, "ratio1_training" + tag, title, caption))
+    return paths
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ratios by size: heat maps and violins
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ratio1_heatmap(study: Study, options: Options = Options()) -> list[Path]:
+    """Depth x width heat maps of ratio 1, fw and bw, at the last evaluation (or averaged over --epochs FROM TO)."""
+    metric, order, paths = options.metric or "loss", options.order or ORDERS[0], []
+    variant, _ = pick(study, options, "ratio1", metric)
+    both = [by_group(study, pick(study, options, "ratio1", metric, direction)[1]) for direction in ("fw", "bw")]
+    for group, cells in both[0].items():
+        sizes = [cell for cell in study.cells if cell.group == group]
+        depths, widths = sorted({cell.depth for cell in sizes}), sorted({cell.width for cell in sizes})
+        figure, axes = new_figure(1, 2, (2.2 + 2.1 * max(len(widths), 1.6), 1.4 + 0.75 * max(len(depths), 1.6)))
+        tables = []
+        for ax, ratios, direction in zip(axes[0], both, ("fw", "bw")):
+            table = np.full((len(depths), len(widths)), np.nan)
+            for cell, terms in ratios.get(group, {}).items():
+                value = final_ratio(terms, order)
+                if options.epochs:
+                    _, top, bottom = ratio_curve(terms, "epoch", options.epochs)
+                    value = average(top, bottom, order).mean() if top.size else np.nan
+                table[depths.index(cell.depth), widths.index(cell.width)] = value
+            tables.append(table)
+            ax.set_xticks(range(len(widths)), widths)
+            ax.set_yticks(range(len(depths)), depths)
+            ax.set_xlabel("width", fontsize=8)
+            ax.set_ylabel("depth", fontsize=8)
+            ax.set_title("fw" if direction == "fw" else "bw (p_bw = 0 never learnt it)", fontsize=9)
+            coloured_cells(figure, [ax], [table], [np.isnan(table)], 9)  # a scale each: bw ratios are much larger
+            for row, column in np.argwhere(np.isnan(table)):
+                ax.text(column, row, "no pair", ha="center", va="center", fontsize=8, backgroundcolor="w")
+        missing = [f"{depths[row]} x {widths[column]}" for row, column in np.argwhere(np.isnan(tables[0]))]
+        if missing:
+            study.note(f"ratio 1 heat map ({study.heading(group)}): no pair for {', '.join(missing)}")
+        when = "Mean over epochs {:g} to {:g}".format(*options.epochs) if options.epochs else "Last evaluations"
+        caption = f"{meaning('ratio1', metric, variant.label)} {when}, order {order}. " + describe(runs_of(cells)) + "."
+        caption += f" Hatched, no pair: {', '.join(missing)}." if missing else ""
+        title = f"Ratio 1 of {METRIC_LABELS[metric]} by depth and width, {study.heading(group)}"
+        name = "ratio1_heatmap" + options.tag("metric", "epochs", "order", "p_bw", "task")
+        paths.append(save(study, figure, group, name, title, caption))
+    return paths
+
+
+def ratio1_violins(study: Study, options: Options = Options()) -> list[Path]:
+    """Violins of ratio 1 by depth, width and parameters; see `_violins`."""
+    return _violins(study, options, "ratio1")
+
+
+def ratio2_violins(study: Study, options: Options = Options()) -> list[Path]:
+    """Violins of ratio 2 by depth, width and parameters; see `_violins`."""
+    return _violins(study, options, "ratio2")
+
+
+def violin_values(cells: Ratios, by: str, window, order: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """{depth, width or params: (500 points in the window for each of its cells, every seed's final ratio)}."""
+    values: dict[int, tuple[list, list]] = {}
+    for cell, terms in cells.items():
+        grid, top, bottom = ratio_curve(terms, "epoch", window)
+        if len(grid):
+            points, finals = values.setdefault(getattr(cell, by), ([], []))
+            points.append(average(top, bottom, order))
+            finals.append(np.divide(*final_values(terms)))
+    return {value: tuple(map(np.concatenate, both)) for value, both in sorted(values.items())}
+
+
+def _violins(study: Study, options: Options, ratio: str) -> list[Path]:
+    """One figure per window of epochs that runs reach (else: their whole range). Each cell (size) gives 500 points of
+    its seed-averaged ratio, interpolated inside the window; the dots are every seed's final value."""
+    metric, order, paths = options.metric or "loss", options.order or ORDERS[0], []
+    variant, ratios = pick(study, options, ratio, metric)
+    for group, cells in by_group(study, ratios).items():
+        reached = [window for window in WINDOWS if any(reaches(terms, window) for terms in cells.values())]
+        for window in [options.epochs] if options.epochs else reached or [None]:
+            inside = {cell: terms for cell, terms in cells.items() if window is None or reaches(terms, window)}
+            span = "all epochs" if window is None else f"epochs {window[0]:g} to {window[1]:g}"
+            for cell in set(cells) - set(inside):
+                study.note(f"{ratio} violins, {span}: {study.name(cell)} does not reach them")
+            panels = {by: violin_values(inside, by, window, order) for by in ("depth", "width", "params")}
+            if not panels["params"]:
+                study.note(f"{ratio} violins, {span}: no two evaluations to interpolate between")
+                continue
+            panels = {by: values for by, values in panels.items() if by == "params" or len(values) > 1}
+            width = max(4.5, 1.2 + 0.62 * len(panels["params"]))
+            figure, axes = new_figure(len(panels), 1, (width, 0.6 + 2.9 * len(panels)))
+            for ax, (by, values) in zip(axes[:, 0], panels.items()):
+                _violin_panel(ax, values, by)
+                ax.set_ylabel(f"{ratio[:5]} {ratio[5:]} of {METRIC_LABELS[metric]}", fontsize=8)
+            caption = f"{meaning(ratio, metric, variant.label)} Violins: 500 points per size, {span}, order {order}; "
+            caption += "bar and number: their median; dots: the final value of every seed. Points of one run are not "
+            caption += "independent: a violin's extent is change during training, not uncertainty. "
+            caption += describe(runs_of(inside)) + "."
+            name = f"{ratio}_violins" + ("" if window is None else f"_epochs_{window[0]:g}-{window[1]:g}")
+            name += options.tag("metric", "order", "p_bw", "task")
+            title = f"{ratio[:5].title()} {ratio[5:]} of {METRIC_LABELS[metric]}, {span}, {study.heading(group)}"
+            paths.append(save(study, figure, group, name, title, caption))
+    return paths
+
+
+def _violin_panel(ax, values: dict[float, tuple[np.ndarray, np.ndarray]], by: str) -> None:
+    places = np.arange(len(values))
+    parts = ax.violinplot([points for points, _ in values.values()], places, widths=0.8, showextrema=False)
+    for body in parts["bodies"]:
+        body.set(facecolor="#56B4E9", edgecolor="#0072B2", alpha=0.55)
+    ax.axhline(1, color="0.5", linewidth=1)
+    for place, (points, finals) in zip(places, values.values()):
+        median = np.median(points)
+        ax.plot([place - 0.22, place + 0.22], [median, median], color="k", linewidth=2)
+        dots = {"markersize": 4, "markeredgecolor": "w", "markeredgewidth": 0.4}
+        ax.plot(np.full(len(finals), place), finals, "o", color="#D55E00", **dots)
+        ax.annotate(f"{median:.3f}", (place, 0.015), xycoords=("data", "axes fraction"), ha="center", fontsize=7)
+    ax.margins(y=0.12)
+    ax.set_xlim(-0.6, len(values) - 0.4)
+    ax.set_xticks(places, [short(value) if by == "params" else f"{value}" for value in values])
+    ax.tick_params(axis="x", rotation=45 if by == "params" and len(values) > 4 else 0)
+    ax.set_xlabel("parameters" if by == "params" else by, fontsize=8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+FIGURES: dict[str, Callable[[Study, Options], list[Path]]] = {
+    function.__name__: function
+    for function in (
+        curves, ratio1_training, ratio1_heatmap, ratio1_violins, ratio2_violins,
+        layers_ratio1, layers_ratio2, layers_cut, layers_drop,
+    )
+}  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description="Draw every figure that a study's tables allow.")
+    p.add_argument("study", nargs="*", help="study folders (default: every study under results/)")
+    names = list(FIGURES)
+    p.add_argument("--figure", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {', '.join(names)}")
+    p.add_argument("--metric", choices=METRICS, help="default: loss (perplexity for layers_ratio1)")
+    p.add_argument("--x", choices=X_LABELS, default="epoch", help="x axis of figures over training (default: epoch)")
+    p.add_argument("--epochs", nargs=2, type=float, metavar=("FROM", "TO"), help="only this window of epochs")
+    p.add_argument("--order", choices=ORDERS, help="averaging over seeds (default: mean_then_ratio; both over layers)")
+    p.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
+    p.add_argument("--smooth", type=int, default=1, help="moving average of ratio1_training, in points of 500")
+    p.add_argument("--log", action="store_true", help="logarithmic axes only")
+    p.add_argument("--all_seeds", action="store_true", help="ratio1_training: each seed as a thin line, too")
+    p.add_argument("--p_bw", type=float, help="which p_bw to hold against 0 (default: 0.05, or the only one)")
+    p.add_argument("--task", default="fw+bw", choices=("fw+bw", "fw-or-bw", "adaptive"), help="if p_bw does not tell")
+    p.add_argument("--report", action="store_true", help="print README-ready tables instead of drawing")
+    return p
+
+
+def draw(study: Study, figures: Sequence[str] = tuple(FIGURES), options: Options = Options()) -> list[Path]:
+    """Draws the named figures, printing a line for each file and for each thing left out; returns the files."""
+    paths, told = [], 0
+    for name in figures:
+        new = FIGURES[name](study, options)
+        paths += new
+        for path in new:
+            print(f"{name}: {path}")
+        for note in study.notes[told:]:
+            print(f"left out: {note}")
+        told = len(study.notes)
+    return paths
+
+
+def main(argv: list[str] | None = None) -> list[Path]:
+    args = parser().parse_args(argv)
+    if args.smooth < 1:
+        raise SystemExit(f"--smooth {args.smooth}: must be at least 1")
+    if args.epochs and not 0 <= args.epochs[0] < args.epochs[1]:
+        raise SystemExit(f"--epochs {args.epochs[0]:g} {args.epochs[1]:g}: FROM must be at least 0 and below TO")
+    folders = args.study or sorted({str(config.parent.parent) for config in Path("results").glob("*/*/config.json")})
+    if not folders:
+        raise SystemExit("results/ holds no study: train one with python train.py, or name a folder")
+    chosen = {option.name: getattr(args, option.name) for option in fields(Options)}
+    options = Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()})
+    paths = []
+    try:
+        for folder in folders:
+            study = load(folder, options.seeds)
+            if args.report:
+                print(markdown(study))
+            else:
+                paths += draw(study, args.figure, options)
+    except StudyError as error:
+        raise SystemExit(f"plot_results.py: {error}") from None
+    return paths
+
+
+if __name__ == "__main__":
+    main()

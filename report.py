@@ -1,0 +1,169 @@
+"""A study in words: the caption under a figure, the summary `make demo` ends with, the tables for a README.
+
+    >>> print(summary("results/demo"))
+    >>> print(markdown(load("results/demo")))             # python plot_results.py results/demo --report
+
+Numbers come from compare.py; the last evaluation of each run counts. No torch, no matplotlib.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Iterable
+
+import numpy as np
+
+from compare import (
+    BW_ONLY, FW_ONLY, Study, final, load, log_ratios, mean_interval, paired_interval, ratio1, ratio2,
+    ratio2_separate, variant_of, variants,
+)  # fmt: skip
+from runs import Run
+
+
+def short(number: float) -> str:
+    """1234 -> 1,234; 57236 -> 57.2 k; 94000000 -> 94 M."""
+    for least, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if number >= least:
+            return f"{number / unit:.3g} {letter}"
+    return f"{number:,.0f}"
+
+
+def _span(numbers: Iterable[float]) -> str:
+    low, high = min(numbers := list(numbers)), max(numbers)
+    return short(low) if short(low) == short(high) else f"{short(low)} to {short(high)}"
+
+
+def tokens_per_step(run: Run) -> tuple[float, float]:
+    """Tokens per optimiser step: the mean over the run, and the largest mean between two evaluations.
+
+    Both, because the recipe's adaptive number of micro-batches can put most of the tokens into the last few steps.
+    """
+    table = run.curve.sort_values("step").drop_duplicates("step", keep="last")
+    steps = np.concatenate([[0.0], table["step"][table["step"] > 0]])
+    tokens = np.concatenate([[0.0], table["tokens_total"][table["step"] > 0]])
+    if len(steps) < 2:
+        return 0.0, 0.0
+    return tokens[-1] / steps[-1], float(np.max(np.diff(tokens) / np.diff(steps)))
+
+
+def describe(runs: Iterable[Run]) -> str:
+    """One line on what was trained: data, p_bw, seeds, optimiser steps, tokens per step; for captions."""
+    runs = list({run.folder: run for run in runs}.values())
+    seeds = sorted({run["seed"] for run in runs})
+    numbers = Counter((run["depth"], run["width"], run["bw_mask"], variant_of(run)) for run in runs).values()
+    means, peaks = zip(*(tokens_per_step(run) for run in runs))
+    parts = [
+        "Data " + ", ".join(sorted({run.config["data"]["name"] for run in runs})),
+        ", ".join(v.label for v in sorted({variant_of(run) for run in runs}, key=lambda v: (v.p_bw, v.task))),
+        f"n = {_span(numbers)} seed{'s' * (max(numbers) > 1)} ({', '.join(map(str, seeds))})",
+        f"{_span(run.curve['step'].max() for run in runs)} optimiser steps",
+        f"{_span(means)} tokens per step on average"
+        + (f", at most {short(max(peaks))} between two evaluations" if max(peaks) > 1.2 * max(means) else ""),
+    ]
+    capped = sum(bool(run.finished.get("hit_cap")) for run in runs)
+    if capped:
+        parts.append(f"{capped} of {len(runs)} runs reached the cap on micro-batches")
+    if any(run["bw_mask"] == "flipped" for run in runs):
+        parts.append("the flipped bw mask LEAKS its targets")
+    return "; ".join(parts)
+
+
+def floor_of(runs: Iterable[Run]) -> tuple[float, float] | None:
+    """(entropy floor, its standard error) in nats per token where the data set knows it (toyworld), else None."""
+    data = next(iter(runs)).config["data"]
+    return None if data.get("floor") is None else (data["floor"], data.get("floor_se") or 0.0)
+
+
+def _plus_minus(values: np.ndarray, digits: int = 4) -> str:
+    mean, half = mean_interval(values)
+    return f"{mean:.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
+
+
+def _interval(logs: np.ndarray, digits: int = 4) -> str:
+    ratio, low, high = paired_interval(logs)
+    return f"{ratio:.{digits}f}" + ("" if np.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]")
+
+
+def alarms(study: Study) -> list[str]:
+    """Sentences on losses no honest model can have: under the floor, or bw better than fw on real text."""
+    found = []
+    for cell, by in study.cells.items():
+        if cell.group.bw_mask == "flipped":
+            continue  # this mask leaks by design, and every heading says so
+        for variant, seeds in by.items():
+            floor = floor_of(seeds.values())
+            for run in seeds.values():
+                losses = {direction: final(run, f"{direction}_loss") for direction in ("fw", "bw")}
+                for direction, loss in losses.items():
+                    if floor and loss < floor[0] - 3 * floor[1]:
+                        found.append(f"{run.name}: {direction} loss {loss:.4f} is under the floor of {floor[0]:.4f}")
+                if not floor and variant.trains("fw") and variant.trains("bw") and losses["fw"] > 1.01 * losses["bw"]:
+                    found.append(f"{run.name}: bw loss clearly below fw loss: a leak until proven otherwise")
+    return found
+
+
+def summary(study: Study | str | Path) -> str:
+    """What was found, for the end of `make demo`: losses against the floor, both ratios, where the pictures are."""
+    study = study if isinstance(study, Study) else load(study)
+    lines = []
+    for cell, by in study.cells.items():
+        runs = [run for seeds in by.values() for run in seeds.values()]
+        lines += [f"{study.name(cell)}, {short(cell.params)} parameters. {describe(runs)}.", ""]
+        lines += [f"    {'loss, nats per token':<22}{'fw':>9}{'bw':>9}"]
+        for variant, seeds in by.items():
+            means = [np.mean([final(run, f"{direction}_loss") for run in seeds.values()]) for direction in ("fw", "bw")]
+            untrained = [direction for direction in ("fw", "bw") if not variant.trains(direction)]
+            remark = f"    ({untrained[0]} was not trained)" if untrained else ""
+            lines += [f"    {variant.label:<22}{means[0]:>9.3f}{means[1]:>9.3f}{remark}"]
+        if floor := floor_of(runs):
+            lines += [f"    {'entropy floor':<22}{floor[0]:>9.3f}{floor[0]:>9.3f}    (no model can get below it)"]
+        lines += [""]
+        for variant in variants(study):
+            if variant in (FW_ONLY, BW_ONLY):
+                continue
+            for name, terms, meaning in (
+                ("ratio 1", ratio1(study, variant), f"fw loss, p_bw = 0 / {variant.label} (above 1: bw helped fw)"),
+                ("ratio 2", ratio2(study, variant), f"fw loss / bw loss, {variant.label}"),
+            ):
+                if cell in terms:
+                    lines += [f"    {name} {_interval(log_ratios(terms[cell]), 3)}    {meaning}"]
+        lines += ["    [ ]: 95 % t-interval over seeds, paired", ""]
+    lines += [f"ALARM: {alarm}" for alarm in alarms(study)]
+    lines += [f"left out: {note}" for note in study.notes]
+    return "\n".join(lines + [f"pictures: {study.folder / 'figures'}"])
+
+
+def markdown(study: Study) -> str:
+    """README-ready tables, one per size: final losses with t-intervals, ratios with paired ones, the floor."""
+    lines = []
+    for cell, by in study.cells.items():
+        runs = [run for seeds in by.values() for run in seeds.values()]
+        lines += [f"### {cell.label} ({cell.params:,} parameters), {study.heading(cell.group)}", ""]
+        lines += [f"{describe(runs)}.", ""]
+        lines += ["| trained on | seeds | fw loss | bw loss | ratio 1 | ratio 2 |", "|" + " --- |" * 6]
+        for variant, seeds in by.items():
+            fw, bw = (_plus_minus([final(run, f"{d}_loss") for _, run in sorted(seeds.items())]) for d in ("fw", "bw"))
+            one, two = ratio1(study, variant).get(cell), ratio2(study, variant)[cell]
+            both = variant.trains("fw") and variant.trains("bw")
+            row = [
+                variant.label, ", ".join(map(str, sorted(seeds))), fw, bw,
+                _interval(log_ratios(one)) if one and both else "", _interval(log_ratios(two)) if both else "",
+            ]  # fmt: skip
+            lines += ["| " + " | ".join(row) + " |"]
+        if floor := floor_of(runs):
+            lines += [f"| *entropy floor* | | {floor[0]:.4f} | {floor[0]:.4f} | | |"]
+        separate = ratio2_separate(study).get(cell) if BW_ONLY in by else None
+        if separate:
+            seeds = ", ".join(str(term.seed) for term in separate)
+            lines += [f"| *fw-only / bw-only models* | {seeds} | | | | {_interval(log_ratios(separate))} |"]
+        lines += [""]
+    lines += [
+        "Validation loss in nats per token at the end of training: mean over seeds ± half of its 95 % t-interval. "
+        "Ratio 1 = fw loss (p_bw = 0) / fw loss (this row), above 1: the two-direction model is the better forward "
+        "model. Ratio 2 = fw loss / bw loss of one model. Ratios: geometric mean over seeds [95 % t-interval of the "
+        "paired log-ratios].",
+        "",
+    ]
+    lines += [f"- left out: {note}" for note in study.notes] + [f"- ALARM: {alarm}" for alarm in alarms(study)]
+    return "\n".join(lines)
