@@ -1,0 +1,240 @@
+"""Where text comes from: WikiText on the Hugging Face hub; local .txt, .jsonl, .jsonl.gz and .parquet; their splits.
+
+    splits, size = local_splits(Path("texts"), field="text", val_fraction=0.01)
+    for blocks, ends in splits["val"]:              # a document: its text in blocks, and whether end-of-text follows
+        print(sum(len(text) for text, read in blocks))
+
+Everything is read as it is asked for. Whatever is wrong with a file is a DataError that names the place.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import itertools
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data.encode import Blocks, Document
+from data.tokens import DataError, OfflineError
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+SPLIT_WORDS = {"train": "train", "training": "train", "test": "test",
+               "val": "val", "valid": "val", "validation": "val", "dev": "val"}
+READ = 1 << 20              # bytes read at a time
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def invalid_utf8(path: Path, offset: int, error: UnicodeDecodeError) -> DataError:
+    where = " of the uncompressed text" if path.name.endswith(".gz") else ""
+    return DataError(f"{path} is not valid UTF-8: {error.reason} at byte offset {offset:,}{where}; "
+                     f"convert it to UTF-8 or repair that place")
+
+
+def read_txt(path: Path, start: int, stop: int) -> Blocks:
+    """Bytes start..stop of a text file, line ends as they are."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with open(path, "rb") as file:
+        file.seek(start)
+        while start < stop:
+            block = file.read(min(READ, stop - start))
+            if not block:
+                raise DataError(f"{path} became shorter while it was read")
+            undecoded = len(decoder.getstate()[0])          # start of a character that the last block cut in two
+            try:
+                text = decoder.decode(block, final=start + len(block) == stop)
+            except UnicodeDecodeError as error:
+                raise invalid_utf8(path, start - undecoded + error.start, error) from None
+            start += len(block)
+            yield text, len(block)
+
+
+def read_jsonl(path: Path, field: str) -> Iterator[tuple[str, int]]:
+    """(text, bytes of the file read for it) of every non-empty line."""
+    with open(path, "rb") as raw:
+        lines = io.BufferedReader(gzip.open(raw), READ) if path.name.endswith(".gz") else raw
+        offset = done = 0
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    position = raw.tell()
+                    yield json_text(path, number, offset, line, field), position - done
+                    done = position
+                offset += len(line)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise DataError(f"{path} is damaged: {error}") from None
+
+
+def json_text(path: Path, number: int, offset: int, line: bytes, field: str) -> str:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise invalid_utf8(path, offset + error.start, error) from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {number:,}: not valid JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{path}, line {number:,}: a JSON object is expected, not {type(row).__name__}")
+    if not isinstance(row.get(field), str):
+        what = f"is {json.dumps(row[field])[:40]}, not text" if field in row else "is missing"
+        raise DataError(f"{path}, line {number:,}: the field {field!r} {what}; "
+                        f"the fields are {', '.join(row) or 'none'}; choose one with --text-field")
+    return row[field]
+
+
+def read_parquet(path: Path, field: str) -> Iterator[tuple[str, int]]:
+    """(text, its share of the file's bytes) of every row."""
+    with open_parquet(path) as table:
+        names = table.schema_arrow.names
+        if field not in names:
+            raise DataError(f"{path}: the field {field!r} is missing; the fields are {', '.join(names)}; "
+                            f"choose one with --text-field")
+        share = path.stat().st_size // max(1, table.metadata.num_rows)
+        values = (value for batch in table.iter_batches(batch_size=64, columns=[field]) for value in batch.column(0))
+        for number, value in enumerate(values):
+            try:
+                text = value.as_py()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}, row {number:,}: the field {field!r} is not valid UTF-8: {error.reason} "
+                                f"at byte offset {error.start:,} of the field") from None
+            if not isinstance(text, str):
+                raise DataError(f"{path}, row {number:,}: the field {field!r} is {text!r:.40}, not text")
+            yield text, share
+
+
+@contextmanager
+def open_parquet(path: Path):
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+    try:
+        with ParquetFile(path, pre_buffer=False) as table:      # pre_buffer would hold whole row groups in memory
+            yield table
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from None
+
+
+def read_hub(hub_path: str, config: str, split: str) -> Blocks:
+    """A split of WikiText as one stream, the raw file's text. Raises OfflineError if the hub cannot be reached."""
+    source = f"data set {hub_path!r} ({config}, split {split})"
+    try:
+        if not Path(hub_path).is_dir():
+            from huggingface_hub import HfApi
+            HfApi().dataset_info(hub_path, timeout=10)      # fails at once where load_dataset would retry for long
+        import datasets
+        rows = datasets.load_dataset(hub_path, config, split=split, streaming=True)
+        for batch in rows.iter(batch_size=1000):
+            if "text" not in batch:
+                raise DataError(f"The {source} has no column 'text', only {', '.join(batch)}")
+            # The hub's rows are the raw file's lines with their line ends, but a line of nothing but white space,
+            # which in the raw file is " \n" throughout, became "".
+            text = "".join(row or " \n" for row in batch["text"])
+            yield text, len(text.encode())
+    except DataError:
+        raise
+    except Exception as error:      # requests, httpx, fsspec, datasets: each has exceptions of its own for "no network"
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise OfflineError(f"The {source} could not be read from the Hugging Face hub ({type(error).__name__}: "
+                           f"{reason}); without a network, prepare a local file or folder of text, point --hub-path "
+                           f"at a copy of the data set, or use toyworld, which needs nothing.") from None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Splits
+
+
+def suffix_of(path: Path) -> str | None:
+    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
+
+
+def split_of(path: Path) -> str | None:
+    """"train", "val" or "test" if a part of the file's name (or else of its folders' names) says so."""
+    for part in reversed(path.parts):
+        for word in re.findall("[a-z]+", part.lower()):
+            if word in SPLIT_WORDS:
+                return SPLIT_WORDS[word]
+    return None
+
+
+def local_splits(source: Path, field: str, val_fraction: float) -> tuple[dict[str, Iterator[Document]], int]:
+    """Documents of each split of a file or folder, and the bytes of its files."""
+    if source.is_file():
+        files, named = [source], {None: [source]}
+    else:
+        files = sorted(p for p in source.rglob("*") if p.is_file() and suffix_of(p) and not p.name.startswith("."))
+        named = {}
+        for path in files:
+            named.setdefault(split_of(path.relative_to(source)), []).append(path)
+    for path in named.pop("test", []):
+        print(f"left out (test split): {path}")
+        files.remove(path)
+    if not files or not suffix_of(files[0]):
+        raise DataError(f"{source} holds no text to train on: it takes files of type {', '.join(SUFFIXES)}")
+    size = sum(path.stat().st_size for path in files)
+    val = named.get("val", [])
+    train = [path for path in files if path not in set(val)]
+    if train and val:
+        return {"train": documents(train, field), "val": documents(val, field)}, size
+    if all(suffix_of(path) == ".txt" for path in files):
+        return share_of_bytes(files, val_fraction), size
+    if any(suffix_of(path) == ".txt" for path in files):
+        raise DataError(f"{source} mixes .txt files with documents and names no splits; "
+                        f"put 'train' and 'val' into the file names, or prepare one kind")
+    count = sum(count_documents(path) for path in files)
+    if count < 2:
+        raise DataError(f"{source} has {count} document(s); a training and a validation split take two")
+    first_val = count - min(count - 1, max(1, round(count * val_fraction)))
+    stream = documents(files, field)        # read once: the training split is taken before the validation split
+    return {"train": itertools.islice(stream, first_val), "val": stream}, size
+
+
+def documents(files: list[Path], field: str) -> Iterator[Document]:
+    for path in files:
+        if suffix_of(path) == ".txt":
+            yield read_txt(path, 0, path.stat().st_size), len(files) > 1
+        else:
+            for block in (read_parquet if suffix_of(path) == ".parquet" else read_jsonl)(path, field):
+                yield (block,), True
+
+
+def share_of_bytes(files: list[Path], val_fraction: float) -> dict[str, Iterator[Document]]:
+    """The last share of the bytes of all .txt files, or a little more: cut where a line begins."""
+    sizes = [path.stat().st_size for path in files]
+    edge = int(sum(sizes) * (1 - val_fraction))
+    train, val = [], []
+    for path, size in zip(files, sizes):
+        cut = 0 if edge <= 0 else size if edge >= size else line_start(path, edge)
+        edge -= size
+        train += [(path, 0, cut)] * (cut > 0)
+        val += [(path, cut, size)] * (cut < size)
+    ends = len(files) > 1
+    return {"train": ((read_txt(*part), ends) for part in train), "val": ((read_txt(*part), ends) for part in val)}
+
+
+def line_start(path: Path, position: int) -> int:
+    """Where the line that holds byte `position` begins."""
+    with open(path, "rb") as file:
+        while position > 0:
+            start = max(0, position - READ)
+            file.seek(start)
+            if (found := file.read(position - start).rfind(b"\n")) >= 0:
+                return start + found + 1
+            position = start
+    return 0
+
+
+def count_documents(path: Path) -> int:
+    if suffix_of(path) == ".parquet":
+        with open_parquet(path) as table:
+            return table.metadata.num_rows
+    with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as lines:
+        try:
+            return sum(1 for line in lines if line.strip())
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise DataError(f"{path} is damaged: {error}") from None
