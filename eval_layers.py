@@ -69,7 +69,7 @@ def evaluate_run(folder: Path, ablations: list[str], device: str, batch_tokens: 
     if val.meta["splits"]["val"]["sha256"] != run.config["data"]["sha256"]["val"]:
         raise DataError(f"{run['data']} holds other validation tokens than {folder} was trained with: prepare the same text again")
     model, metadata = load_model(folder / "model.safetensors", device)
-    kept = [row for row in run.layers.to_dict("records") if row["ablation"] not in ablations]
+    kept = [row for row in runs.read_rows(folder / "layers.csv", runs.LAYERS_COLUMNS) if row["ablation"] not in ablations]
     new = [row for ablation in ablations
            for row in ablate(model, val, ablation, metadata["bw_mask"], metadata["direction_tokens"], batch_tokens)]  # fmt: skip
     runs.write_table(folder / "layers.csv", kept + new, runs.LAYERS_COLUMNS)

@@ -107,6 +107,14 @@ def read_table(path: str | Path, columns: tuple[str, ...]) -> pd.DataFrame:
     return table
 
 
+def read_rows(path: str | Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """A table's rows as written, cell by cell, for writing them again unchanged. Checked as `read_table` does."""
+    if read_table(path, columns).empty:
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 @dataclass
 class Run:
     """One training run, as its folder tells it. `run["depth"]` is short for `run.settings["depth"]`."""

@@ -315,8 +315,8 @@ def open_folder(folder: Path, training: Training, machine: str) -> list[dict]:
     if not (folder / "state.pt").exists():
         return []
     training.restore(folder / "state.pt")
-    rows = runs.read_table(folder / "curve.csv", runs.CURVE_COLUMNS).to_dict("records")
-    return [row for row in rows if row["step"] < training.progress.step]
+    rows = runs.read_rows(folder / "curve.csv", runs.CURVE_COLUMNS)
+    return [row for row in rows if int(row["step"]) < training.progress.step]
 
 
 HEADER = "    step   epoch   tokens   fw loss  fw acc   bw loss  bw acc    tok/s"
