@@ -21,7 +21,7 @@ from typing import Callable, Sequence
 import numpy as np
 
 from compare import (
-    FW_ONLY, METRICS, ORDERS, Ratios, Study, StudyError, average, common_grid, final_ratio, final_values, load,
+    FW_ONLY, METRICS, ORDERS, Ratios, Study, StudyError, average, choose, common_grid, final_ratio, final_values, load,
     on_grid, ratio_curve, reaches, trajectory,
 )  # fmt: skip
 from drawing import (
@@ -29,7 +29,7 @@ from drawing import (
     pick, plain_log_axis, runs_of, save, smoothed, variant_colours,
 )  # fmt: skip
 from plot_layers import layers_cut, layers_drop, layers_ratio1, layers_ratio2
-from report import describe, floor_of, markdown, short, summary  # noqa: F401 (`make demo` calls summary from here)
+from report import describe, floor_of, markdown, short, summary
 
 # Windows of epochs for the violins, each drawn if a study's runs reach it.
 WINDOWS = ((0.0, 10.0), (0.0, 1.0), (5.0, 10.0))
@@ -135,6 +135,49 @@ def ratio1_training(study: Study, options: Options = Options()) -> list[Path]:
         title = f"Ratio 1 over training, {study.heading(group)}"
         caption += describe(runs_of(cells)) + "."
         paths.append(save(study, figure, group, "ratio1_training" + tag, title, caption))
+    return paths
+
+
+def leak(study: Study, options: Options = Options()) -> list[Path]:
+    """The published mask against the right one: bw loss and ratio 2 over training, where a study holds both masks."""
+    paths = []
+    variant = choose(study, options.p_bw, options.task)
+    flipped = {cell: by[variant] for cell, by in study.cells.items() if cell.group.bw_mask == "flipped" and variant in by}
+    for cell, leaking in flipped.items():
+        right = study.cells.get(cell._replace(group=cell.group._replace(bw_mask="anticausal")), {}).get(variant)
+        if not right:
+            study.note(f"leak: {study.name(cell)} has no runs with the right mask to compare with")
+            continue
+        figure, axes = new_figure(1, 2, (11, 3.9))
+        masks = (("anticausal", right, COLOURS[0]), ("flipped (leaks)", leaking, COLOURS[1]))
+        floor = floor_of(right.values())
+        for ax, column in zip(axes[0], ("bw_loss", "ratio2")):
+            labels = []
+            for name, seeds, colour in masks:
+                lines = [trajectory(run, "bw_loss", options.x) for run in seeds.values()]
+                if column == "ratio2":
+                    lines = [(x, trajectory(run, "fw_loss", options.x)[1] / y) for (x, y), run in zip(lines, seeds.values())]
+                grid = common_grid(lines)
+                for x, y in lines:
+                    ax.plot(x, y, color=colour, linewidth=0.7, alpha=0.45)
+                mean = on_grid(lines, grid).mean(0)
+                ax.plot(grid, mean, color=colour, linewidth=1.8)
+                labels.append((mean[-1], f"{name}: {mean[-1]:.3f}", colour))
+            level = floor[0] if floor and column == "bw_loss" else 1.0 if column == "ratio2" else None
+            if level is not None:
+                ax.axhline(level, color="0.35", linestyle="--", linewidth=1)
+                labels.append((level, f"entropy of the text: {level:.3f}" if column == "bw_loss" else "as good as fw: 1", "0.35"))
+            if column == "bw_loss":
+                ax.set_yscale("log")
+                plain_log_axis(ax.yaxis)
+            ax.set_xlabel(X_LABELS[options.x], fontsize=8)
+            ax.set_ylabel("bw validation loss, nats per token" if column == "bw_loss" else "ratio 2 = fw loss / bw loss", fontsize=8)
+            label_ends(ax, labels)
+        caption = "Same settings but for the backward mask. No model can predict unseen text below its entropy: " if floor else ""
+        caption += "a lower loss means that targets were seen. " if floor else "Ratio 2 clearly above 1 means that targets were seen. "
+        caption += "Thin: each seed; thick: mean. " + describe([*right.values(), *leaking.values()]) + "."
+        title = f"The published backward mask sees its targets: {cell.label} on {cell.group.data}, {variant.label}"
+        paths.append(save(study, figure, cell.group._replace(bw_mask="anticausal"), f"leak_{cell.depth}x{cell.width}" + options.tag("x", "p_bw", "task"), title, caption))
     return paths
 
 
@@ -263,7 +306,7 @@ def _violin_panel(ax, values: dict[float, tuple[np.ndarray, np.ndarray]], by: st
 FIGURES: dict[str, Callable[[Study, Options], list[Path]]] = {
     function.__name__: function
     for function in (
-        curves, ratio1_training, ratio1_heatmap, ratio1_violins, ratio2_violins,
+        curves, leak, ratio1_training, ratio1_heatmap, ratio1_violins, ratio2_violins,
         layers_ratio1, layers_ratio2, layers_cut, layers_drop,
     )
 }  # fmt: skip
@@ -321,6 +364,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
                 print(markdown(study))
             else:
                 paths += draw(study, args.figure, options)
+                print(f"\n{summary(study)}")
     except StudyError as error:
         raise SystemExit(f"plot_results.py: {error}") from None
     return paths
