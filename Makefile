@@ -19,7 +19,7 @@ demo: .venv/installed
 	$(PY) plot_results.py $(STUDY)
 
 test: .venv/installed
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto
 
 .venv/installed: requirements.txt $(wildcard experiments/requirements.txt)
 	$(PYTHON) -m venv .venv

@@ -30,6 +30,7 @@ from drawing import (
 )  # fmt: skip
 from plot_layers import layers_cut, layers_drop, layers_ratio1, layers_ratio2
 from report import describe, floor_of, markdown, short, summary
+from runs import RunError
 
 # Windows of epochs for the violins, each drawn if a study's runs reach it.
 WINDOWS = ((0.0, 10.0), (0.0, 1.0), (5.0, 10.0))
@@ -365,7 +366,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
             else:
                 paths += draw(study, args.figure, options)
                 print(f"\n{summary(study)}")
-    except StudyError as error:
+    except (StudyError, RunError, OSError) as error:
         raise SystemExit(f"plot_results.py: {error}") from None
     return paths
 

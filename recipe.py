@@ -10,9 +10,10 @@ import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
 
 from flags import Option
-from model import GPTConfig
+from model import GPT, GPTConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings: every one is a flag; the comment behind it is its help text
@@ -96,6 +97,24 @@ def resolve(settings: Settings) -> Settings:
     return Settings(**values)
 
 
+def same_settings(found: dict, settings: Settings) -> str:
+    """What tells settings that were written earlier, by any version, from these; "" if nothing does.
+
+    A setting that did not exist then counts as its default, which is to be what that version did.
+    """
+    default, ours = asdict(Settings()), asdict(settings)
+    if unknown := sorted(set(found) - set(ours)):
+        return f"has settings that this version does not know ({', '.join(unknown)})"
+    others = [name for name in ours if name not in OPERATIONAL and found.get(name, default[name]) != ours[name]]
+    return ", ".join(f"says {name} = {found.get(name, default[name])} where {ours[name]} is asked for" for name in others)
+
+
+def share_done(settings: Settings, train_tokens: int, step: int, tokens_total: int, tokens_fw: int) -> float:
+    """How much of the tightest budget is used; a run ends at 1."""
+    used = ((settings.epochs, tokens_total / train_tokens), (settings.tokens, tokens_total), (settings.tokens_fw, tokens_fw), (settings.steps, step))
+    return max(value / budget if budget else 1.0 for budget, value in used if budget is not None)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The recipe: hlb-gpt v0.4.1's schedules, as functions of the number of parameters and the step (counted from 0)
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,6 +172,22 @@ class Recipe:
         """How many micro-batches a step takes: the whole part, and one more with the fraction's probability."""
         whole = math.floor(micro_batches)
         return min(max(1, whole + (draw < micro_batches - whole)), self.settings.max_micro_batches)
+
+
+def make_optimizer(model: GPT) -> torch.optim.AdamW:
+    """AdamW with the recipe's parameter groups; a training step sets their learning rates."""
+    groups = {
+        "matrices": [p for block in model.blocks for p in (block.expand, block.project)],
+        "slopes": [block.slope for block in model.blocks],
+        "embedding": [model.embedding, model.norm.weight, *(block.norm.weight for block in model.blocks)],
+        "head": [model.head],
+    }
+    assert {id(p) for group in groups.values() for p in group} == {id(p) for p in model.parameters()}
+    betas = {"head": (0.6, 0.95)}
+    return torch.optim.AdamW(
+        [{"name": name, "params": group, "betas": betas.get(name, (0.9, 0.95))} for name, group in groups.items()],
+        lr=0.0, eps=1e-9, weight_decay=0.0, fused=True,
+    )  # fmt: skip
 
 
 def draw(seed: int, stream: str, *counter: int) -> float:

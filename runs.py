@@ -5,6 +5,7 @@
                           layers.csv       one row per ablation of layers (eval_layers.py)
                           model.safetensors, state.pt    weights and resume state, not committed
                           finished.json    written last: a run without it is unfinished
+                          claim.N, failed.json           who trains it, why it failed (grid.py)
 
     >>> for run in read_study("results/demo"):
     ...     print(run.name, run["p_bw"], run.curve.fw_loss.iloc[-1])
@@ -32,6 +33,7 @@ CURVE_COLUMNS = (
 LAYERS_COLUMNS = (
     "ablation", "layers_remaining", "layer", "fw_loss", "fw_acc", "fw_ppl", "bw_loss", "bw_acc", "bw_ppl",
 )  # fmt: skip
+KEYS = ("step", "ablation", "layers_remaining", "layer")  # a table has one row for each of their values
 
 
 class RunError(RuntimeError):
@@ -44,21 +46,34 @@ class RunError(RuntimeError):
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Writes a file under a temporary name, flushes it to disk and renames it. On failure `path` is as it was."""
+    """Writes a file under a temporary name, flushes it to disk and renames it.
+
+    RunError if that fails; `path` is then as it was.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    except BaseException as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
+        raise RunError(f"{path} could not be written ({error.strerror}): make room or change its folder's rights, then run the same command again") from None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what writers that were killed left in a folder. Only for the one process that writes there."""
+    for path in folder.glob(".*.*.????????"):  # as tempfile names them
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
@@ -92,14 +107,25 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def checksum(path: str | Path) -> str | None:
+    """sha256 of a small file; None if there is none."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).exists() else None
+
+
 def read_table(path: str | Path, columns: tuple[str, ...]) -> pd.DataFrame:
     """A run's table with at least `columns`; an empty frame if there is no such file; RunError if it is damaged."""
     path = Path(path)
     if not path.exists():
         return pd.DataFrame(columns=list(columns))
     try:
-        table = pd.read_csv(path)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        text = path.read_text()
+        if not text.endswith("\n"):
+            raise ValueError("its last row is cut off")
+        table = pd.read_csv(io.StringIO(text))
+        keys = [column for column in KEYS if column in table]
+        if keys and table.duplicated(keys).any():
+            raise ValueError("a row occurs twice")
+    except ValueError as error:  # pandas' and UnicodeDecodeError are ValueErrors
         raise RunError(f"{path} is damaged ({error}): restore it, or delete it and run the command that made it") from None
     for column in columns:
         if column not in table:
@@ -137,22 +163,30 @@ class Run:
         return self.settings[setting]
 
 
-def read_run(folder: str | Path) -> Run:
-    """Reads a run's config and tables. Raises RunError where there is no run, or a damaged one."""
-    folder = Path(folder)
+def read_config(folder: Path) -> dict[str, Any]:
+    """A run's config.json, with the parts that everything relies on. RunError if it is missing or damaged."""
     if not (folder / "config.json").exists():
         raise RunError(f"{folder} is not a run: it has no config.json (python train.py writes one)")
     config = read_json(folder / "config.json")
     for key in ("settings", "params", "data"):
         if key not in config:
             raise RunError(f"{folder / 'config.json'} has no {key!r}: it is damaged or was written by an older version")
-    finished = folder / "finished.json"
+    return config
+
+
+def read_run(folder: str | Path) -> Run:
+    """Reads a run's config and tables. Raises RunError where there is no run, or a damaged one."""
+    folder = Path(folder)
+    config = read_config(folder)
+    finished = read_json(folder / "finished.json") if (folder / "finished.json").exists() else None
+    if finished and finished.get("curve_sha256") not in (None, checksum(folder / "curve.csv")):
+        raise RunError(f"{folder / 'curve.csv'} is not the table that was written when the run was finished: restore it, or delete the run's folder")
     return Run(
         folder=folder,
         config=config,
         curve=read_table(folder / "curve.csv", CURVE_COLUMNS[:-1]),
         layers=read_table(folder / "layers.csv", LAYERS_COLUMNS),
-        finished=read_json(finished) if finished.exists() else None,
+        finished=finished,
     )
 
 

@@ -3,51 +3,40 @@
     python train.py                                              # 8 x 384 on WikiText-103, p_bw 0.05
     python train.py --data toyworld --depth 4 --width 128 --lr 0.004 --steps 300 --seq_len 128 ...
     python train.py --study results/mine --p_bw 0 0.05 --seed 100 101 102      # lists make a grid of runs
+    python train.py --status results/mine                        # done, running, planned, failed; time left
+    torchrun --standalone --nproc_per_node 4 train.py ...        # each run on 4 GPUs (machine.py)
     python train.py --help                                       # every setting, its default and why
 
 - one run is one folder (runs.py): settings, a table of evaluations, weights; finished runs are skipped
 - the same command again continues a run that was killed, bit for bit on a CPU
+- the same command several times at once, also on several hosts, shares out the runs (grid.py)
 - runs that differ only in p_bw share initial weights, text, its order and the validation windows: compare them in pairs
 """
 
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import io
 import math
-import platform
-import subprocess
 import sys
 import time
+import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import runs
-from data.tokens import DataError, Tokens, TrainingWindows, open_tokens, validation_windows
+from data.tokens import Tokens, TrainingWindows, open_tokens, validation_windows
 from flags import parse_grid
+from grid import Claim, run_folder, status, train_all
+from machine import Group, choose_machine, provenance
 from model import GPT, GPTConfig, evaluate, frame, model_bytes, padded_vocab_size, token_counts
-from recipe import OPERATIONAL, Recipe, Settings, draw, resolve
+from recipe import Recipe, Settings, draw, make_optimizer, same_settings, share_done
 from runs import RunError
-
-
-def make_optimizer(model: GPT) -> torch.optim.AdamW:
-    groups = {
-        "matrices": [p for block in model.blocks for p in (block.expand, block.project)],
-        "slopes": [block.slope for block in model.blocks],
-        "embedding": [model.embedding, model.norm.weight, *(block.norm.weight for block in model.blocks)],
-        "head": [model.head],
-    }
-    assert {id(p) for group in groups.values() for p in group} == {id(p) for p in model.parameters()}
-    betas = {"head": (0.6, 0.95)}
-    return torch.optim.AdamW(
-        [{"name": name, "params": group, "betas": betas.get(name, (0.9, 0.95))} for name, group in groups.items()],
-        lr=0.0, eps=1e-9, weight_decay=0.0, fused=True,
-    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,6 +54,7 @@ class Progress:
     tokens_bw: int = 0
     tokens_unique: int = 0  # tokens of text shown: a window learned in both directions counts once
     seconds: float = 0.0  # training only: no evaluation, no checkpoints
+    seconds_in_all: float = 0.0  # with them
     micro_batches: float = 0.1  # per step, before rounding; where hlb-gpt starts
     p_bw: float = 0.0
     hit_cap: bool = False
@@ -81,8 +71,8 @@ class Progress:
 class Training:
     """A run in progress. Nothing here depends on when it is evaluated, saved, or interrupted."""
 
-    def __init__(self, settings: Settings, device: torch.device, dtype: torch.dtype, compiled: bool) -> None:
-        self.settings, self.device = settings, device
+    def __init__(self, settings: Settings, device: torch.device, dtype: torch.dtype, compiled: bool, group: Group | None = None) -> None:
+        self.settings, self.device, self.group = settings, device, group or Group()
         self.train_tokens, self.val_tokens = (open_tokens(data_folder(settings), split) for split in ("train", "val"))
         self.windows = TrainingWindows(self.train_tokens, settings.sampling, settings.seed)
         config = GPTConfig(
@@ -96,16 +86,16 @@ class Training:
         self.optimizer = make_optimizer(self.model)
         self.progress = Progress(p_bw=settings.p_bw, micro_batches=settings.micro_batches or 0.1)
         self.pending: tuple[torch.Tensor, torch.cuda.Event | None] | None = None  # the last step's figures, on their way
+        self.ticked = time.perf_counter()
+        self.rows: list[dict] = []  # of curve.csv; saved with the weights, so that the two always fit
 
     @property
     def epoch(self) -> float:
         return self.progress.tokens_total / len(self.train_tokens)
 
     def share_done(self) -> float:
-        """How much of the tightest budget is used; the run ends at 1."""
-        s, p = self.settings, self.progress
-        used = ((s.epochs, self.epoch), (s.tokens, p.tokens_total), (s.tokens_fw, p.tokens_fw), (s.steps, p.step))
-        return max(value / budget if budget else 1.0 for budget, value in used if budget is not None)
+        p = self.progress
+        return share_done(self.settings, len(self.train_tokens), p.step, p.tokens_total, p.tokens_fw)
 
     def directions(self) -> tuple[str, ...]:
         """The passes of the next micro-batch."""
@@ -119,17 +109,21 @@ class Training:
     def one_pass(self, windows: torch.Tensor, direction: str, share: float) -> torch.Tensor:
         """Adds the gradients of `share` times the loss of windows (B, L+1); returns (loss, share of hits) as (2,).
 
-        In pieces of `physical_tokens`, with the whole pass's token counts and denominator, so that it makes no difference.
+        In pieces of `physical_tokens`, by several processes, always with the whole pass's token counts and denominator,
+        so that it makes no difference. The loss is that of all processes, the gradients are this one's part.
         """
         s, vocab_size = self.settings, self.model.config.vocab_size
         inputs, targets = frame(windows, direction, vocab_size, s.direction_tokens)
         counts = token_counts(inputs, vocab_size)
         mask = s.bw_mask if direction == "bw" else None
         sums = torch.zeros(2, device=self.device)
-        for piece in windows.split(max(1, (s.physical_tokens or inputs.numel()) // inputs.shape[1])):
+        for piece in self.group.share(windows).split(max(1, (s.physical_tokens or inputs.numel()) // inputs.shape[1])):
+            if not len(piece):
+                continue  # fewer windows than processes
             loss, hits = self.model.loss(piece, direction, mask, s.direction_tokens, counts, targets.numel())
             (loss * share).backward()
             sums += torch.stack([loss.detach(), hits])
+        self.group.sum([sums])
         return sums
 
     def step(self) -> None:
@@ -154,6 +148,7 @@ class Training:
         p.tokens_bw += passes["bw"] * batch * length
 
         main = "fw" if "fw" in sums else "bw"
+        self.group.sum_gradients(self.model)
         gradients = [parameter.grad for parameter in self.model.parameters()]
         grad_norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]).norm()
         self.read_figures()  # of the step before: the device has long had this step's work by now
@@ -163,6 +158,7 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         figures = torch.stack([last.get("fw", last.get("bw"))[0], *(sums[main] / passes[main]), grad_norm])
+        self.group.agree(figures)
         event = None
         if self.device.type == "cuda":
             figures = torch.empty(4, pin_memory=True).copy_(figures, non_blocking=True)
@@ -219,16 +215,24 @@ class Training:
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
+    def tick(self) -> None:
+        """Counts the time since the last tick."""
+        now, before = time.perf_counter(), self.ticked
+        self.ticked, self.progress.seconds_in_all = now, self.progress.seconds_in_all + now - before
+
     def state(self) -> bytes:
         """Weights, optimiser and position, for `restore`; read back without executing anything."""
+        self.tick()
         content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                   "windows": self.windows.state(), "progress": asdict(self.progress)}  # fmt: skip
+                   "windows": self.windows.state(), "progress": asdict(self.progress), "rows": self.rows}  # fmt: skip
         file = io.BytesIO()
         torch.save(content, file)
         return file.getvalue()
 
     def restore(self, path: Path) -> None:
         try:
+            if zipfile.ZipFile(path).testzip() is not None:  # torch.load does not look at the checksums
+                raise ValueError("checksum")
             content = torch.load(path, map_location=self.device, weights_only=True)
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
@@ -236,6 +240,9 @@ class Training:
             self.progress = Progress(**content["progress"])
         except Exception as error:  # a damaged archive fails in many ways, none of which the user can act on differently
             raise RunError(f"{path} is damaged ({type(error).__name__}): delete it to train this run from its start") from None
+        # Older versions saved no rows; their table may have one that the state has still to reach.
+        rows = content["rows"] if "rows" in content else runs.read_rows(path.parent / "curve.csv", runs.CURVE_COLUMNS[:-1])
+        self.rows = [row for row in rows if int(row["step"]) < self.progress.step]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,38 +262,9 @@ def data_floor(tokens: Tokens) -> tuple[float | None, float]:
     return (world["val_nll"], world["val_nll_se"]) if world else (None, 0.0)
 
 
-def choose_machine(settings: Settings) -> tuple[torch.device, torch.dtype, bool, str]:
-    """Device, dtype, whether to compile, and the reasons in a sentence."""
-    cuda = torch.cuda.is_available()
-    if settings.device == "cuda" and not cuda:
-        raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
-    device = torch.device("cuda" if cuda and settings.device != "cpu" else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
-    dtype = {"auto": torch.bfloat16 if fast else torch.float32}.get(settings.dtype) or getattr(torch, settings.dtype)
-    why_dtype = f"the machine multiplies bf16 {'fast' if fast else 'slowly'}" if settings.dtype == "auto" else "as set"
-    has_compiler = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    compiled = settings.compile == "on" or (settings.compile == "auto" and has_compiler)
-    why_compiled = "as set" if settings.compile != "auto" else "CUDA with Triton" if compiled else "pays off on CUDA only"
-    return device, dtype, compiled, f"{name}, {str(dtype)[6:]} ({why_dtype}), compile {'on' if compiled else 'off'} ({why_compiled})"
-
-
-def run_folder(settings: Settings) -> Path:
-    """A run is named by every setting that changes its result and differs from the default, and by its seed."""
-    default = Settings()
-    named = {name: value for name, value in asdict(settings).items() if name not in OPERATIONAL and value != getattr(default, name)}
-    named |= {name: getattr(settings, name) for name in ("depth", "width", "p_bw", "seed")}
-    return Path(settings.study) / runs.run_name(named)
-
-
 def describe(training: Training, machine: str) -> dict:
     """config.json: all that is needed to know what was run."""
     meta, (floor, error) = training.train_tokens.meta, data_floor(training.val_tokens)
-    try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
-        commit = commit.stdout.strip() or None
-    except OSError:
-        commit = None
     return {
         "name": run_folder(training.settings).name,
         "settings": asdict(training.settings),
@@ -295,28 +273,26 @@ def describe(training: Training, machine: str) -> dict:
             "name": meta["name"], "tokenizer": meta["tokenizer"], "train_tokens": len(training.train_tokens), "val_tokens": len(training.val_tokens),
             "sha256": {split: meta["splits"][split]["sha256"] for split in ("train", "val")}, "floor": floor, "floor_se": error,
         },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "device": machine,
-        "git_commit": commit,
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        **provenance(),
     }  # fmt: skip
 
 
-def open_folder(folder: Path, training: Training, machine: str) -> list[dict]:
-    """Starts or continues a run: writes or checks config.json, restores the state, returns the rows up to it."""
+def open_folder(folder: Path, training: Training, machine: str) -> bool:
+    """Checks the tokens, writes or checks config.json, tidies up; True if there is a state to restore."""
+    for tokens in (training.train_tokens, training.val_tokens):
+        open_tokens(tokens.folder, tokens.split, verify=True)
     config = describe(training, machine)
+    runs.remove_leftovers(folder)
     if (folder / "config.json").exists():
-        found = runs.read_run(folder)
-        if found.config["data"]["sha256"] != config["data"]["sha256"]:
+        found = runs.read_config(folder)  # not the table: it is written anew from the state
+        if difference := same_settings(found["settings"], training.settings):
+            raise RunError(f"{folder / 'config.json'} {difference}: it was altered or written by another version; restore it, or use another --study")
+        if found["data"].get("sha256", config["data"]["sha256"]) != config["data"]["sha256"]:
             raise RunError(f"{folder} was trained on other tokens than {training.settings.data} holds now: use another --study")
     else:
         runs.write_json(folder / "config.json", config)
-    if not (folder / "state.pt").exists():
-        return []
-    training.restore(folder / "state.pt")
-    rows = runs.read_rows(folder / "curve.csv", runs.CURVE_COLUMNS)
-    return [row for row in rows if int(row["step"]) < training.progress.step]
+    return (folder / "state.pt").exists()
 
 
 HEADER = "    step   epoch   tokens   fw loss  fw acc   bw loss  bw acc    tok/s"
@@ -329,44 +305,64 @@ def format_row(row: dict) -> str:
     )
 
 
-def train(settings: Settings) -> dict:
-    """Trains one run to its end, or returns at once if it is finished. Returns the last row of its table."""
-    settings = resolve(settings)
-    folder = run_folder(settings)
-    if (folder / "finished.json").exists():
-        print(f"{folder} is finished")
-        return runs.read_run(folder).curve.iloc[-1].to_dict()
+def train(settings: Settings, folder: Path, group: Group, claim: Claim | None) -> None:
+    """Trains one run to its end, on all processes of the group.
 
+    `claim` is rank 0's, which alone touches the folder; a resolved run's folder is run_folder(settings).
+    """
     device, dtype, compiled, machine = choose_machine(settings)
-    training = Training(settings, device, dtype, compiled)
-    rows = open_folder(folder, training, machine)
-    print(f"{folder}: {training.model.num_params():,} parameters, {machine}")
-    print(f"continues at step {training.progress.step}" if training.progress.step else "starts", HEADER, sep="\n")
-    with tqdm(total=1.0, bar_format="{percentage:3.0f}% |{bar:20}| {elapsed} < {remaining} {postfix}", leave=False) as bar:
-        due = training.progress.step > 0  # a checkpoint is written before its evaluation, which may be missing
-        while True:
-            if due:
-                rows.append(training.evaluate())
-                training.check(rows[-1])
-                runs.write_table(folder / "curve.csv", rows, runs.CURVE_COLUMNS)
-                bar.write(format_row(rows[-1]))
-            if training.share_done() >= 1:
-                break
-            due = advance(training, bar)
-            if due:
-                runs.write_atomically(folder / "state.pt", training.state())
+    machine += f", {group.size} processes" if group.size > 1 else ""
+    training = group.together(lambda: Training(settings, device, dtype, compiled, group))
+    if group.together(lambda: open_folder(folder, training, machine), first_only=True):
+        group.together(lambda: training.restore(folder / "state.pt"))
     p = training.progress
-    tokenizer = training.train_tokens.meta["tokenizer"]
-    runs.write_atomically(folder / "model.safetensors", model_bytes(training.model, tokenizer=tokenizer, bw_mask=settings.bw_mask, direction_tokens=settings.direction_tokens))
-    runs.write_json(folder / "finished.json", {"step": p.step, "tokens_total": p.tokens_total, "seconds": p.seconds, "date": datetime.date.today().isoformat(), "hit_cap": p.hit_cap})
-    (folder / "state.pt").unlink()
+
+    def first(work: Callable[[Training, Path, Claim | None], Any]) -> Any:
+        return group.together(lambda: work(training, folder, claim), first_only=True)
+
+    group.say(f"{folder}: {training.model.num_params():,} parameters, {machine}\n{f'continues at step {p.step}' if p.step else 'starts'}\n{HEADER}")
+    with tqdm(total=1.0, bar_format="{percentage:3.0f}% |{bar:20}| {elapsed} < {remaining} {postfix}", leave=False, disable=group.rank > 0 or None) as bar:
+        if p.step:  # a checkpoint is written before its evaluation, which may be missing
+            group.say(format_row(first(write_row)))
+        while training.share_done() < 1:
+            advance(training, bar)
+            first(write_state)
+            group.say(format_row(first(write_row)))
+    first(write_end)
     if p.hit_cap:
-        print(f"the number of micro-batches reached its cap of {settings.max_micro_batches}: raise --max_micro_batches to follow the recipe to its end")
-    return rows[-1]
+        group.say(f"the number of micro-batches reached its cap of {settings.max_micro_batches}: raise --max_micro_batches to follow the recipe to its end")
 
 
-def advance(training: Training, bar: tqdm) -> bool:
-    """Steps until an evaluation is due, or the run is over; True, always, once there is something new to evaluate."""
+def write_row(training: Training, folder: Path, claim: Claim) -> dict:
+    row = training.evaluate()
+    training.check(row)
+    training.rows.append(row)
+    claim.check()
+    runs.write_table(folder / "curve.csv", training.rows, runs.CURVE_COLUMNS)
+    return row
+
+
+def write_state(training: Training, folder: Path, claim: Claim) -> None:
+    claim.check()
+    runs.write_atomically(folder / "state.pt", training.state())
+
+
+def write_end(training: Training, folder: Path, claim: Claim) -> None:
+    """Writes the model, then that the run is finished, and deletes what only an unfinished one needs."""
+    s, p = training.settings, training.progress
+    tokenizer = training.train_tokens.meta["tokenizer"]
+    training.tick()
+    claim.check()
+    runs.write_atomically(folder / "model.safetensors", model_bytes(training.model, tokenizer=tokenizer, bw_mask=s.bw_mask, direction_tokens=s.direction_tokens))
+    runs.write_json(folder / "finished.json", {
+        "step": p.step, "tokens_total": p.tokens_total, "seconds": p.seconds, "seconds_in_all": p.seconds_in_all,
+        "date": datetime.date.today().isoformat(), "hit_cap": p.hit_cap, "curve_sha256": runs.checksum(folder / "curve.csv"),
+    })  # fmt: skip
+    (folder / "state.pt").unlink(missing_ok=True)
+
+
+def advance(training: Training, bar: tqdm) -> None:
+    """Steps until an evaluation is due, or the run is over."""
     s, p = training.settings, training.progress
     start, tokens = time.perf_counter(), p.tokens_total
     while True:
@@ -383,29 +379,19 @@ def advance(training: Training, bar: tqdm) -> bool:
         if by_epoch or by_step or over:
             training.read_figures()  # waits for the device, so that the clock is right and nothing infinite is saved
             p.seconds += time.perf_counter() - start
-            return True
+            return
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    """Trains every run that the flags name, one after the other; returns their last rows."""
-    grid = parse_grid(Settings, __doc__, argv)
-    rows, failed = [], []
-    for number, settings in enumerate(grid, 1):
-        if len(grid) > 1:
-            print(f"\nrun {number} of {len(grid)}: depth {settings.depth}, width {settings.width}, p_bw {settings.p_bw}, seed {settings.seed}")
-        try:
-            rows.append(train(settings))
-        except (RunError, DataError, ValueError, OSError) as error:
-            failed.append(str(error))
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU out of memory raises a plain one
-            if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
-                raise
-            failed.append(f"out of memory: set --physical_tokens, or lower it (now {settings.physical_tokens}); results do not change")
-        if failed and len(grid) > 1:
-            print(failed[-1])
-    if failed:
-        raise SystemExit("\n".join([f"{len(failed)} of {len(grid)} runs failed:", *failed] if len(grid) > 1 else failed))
-    return rows
+    """Trains every run that the flags name, unless another process does; returns their last rows."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv[:1] == ["--status"]:
+            print(*(status(study) for study in argv[1:] or [Settings().study]), sep="\n\n")
+            return []
+        return train_all(parse_grid(Settings, __doc__, argv), train, Group())
+    except (RunError, OSError) as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,125 @@
+"""What a run computes on: device, dtype, compiler, and under torchrun the processes that share its work.
+
+    torchrun --standalone --nproc_per_node 4 train.py --study results/mine ...     # one run at a time, on 4 GPUs
+
+Every process holds the whole model, reads the same windows and computes its share of each micro-batch; gradients are
+summed once per step. The first process (rank 0) alone evaluates and writes, so the files must be visible to all hosts.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from recipe import Settings
+from runs import RunError
+
+
+def choose_machine(settings: Settings) -> tuple[torch.device, torch.dtype, bool, str]:
+    """Device, dtype, whether to compile, and the reasons in a sentence."""
+    cuda = torch.cuda.is_available()
+    if settings.device == "cuda" and not cuda:
+        raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
+    device = torch.device("cuda" if cuda and settings.device != "cpu" else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+    dtype = {"auto": torch.bfloat16 if fast else torch.float32}.get(settings.dtype) or getattr(torch, settings.dtype)
+    why_dtype = f"the machine multiplies bf16 {'fast' if fast else 'slowly'}" if settings.dtype == "auto" else "as set"
+    has_compiler = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    compiled = settings.compile == "on" or (settings.compile == "auto" and has_compiler)
+    why_compiled = "as set" if settings.compile != "auto" else "CUDA with Triton" if compiled else "pays off on CUDA only"
+    return device, dtype, compiled, f"{name}, {str(dtype)[6:]} ({why_dtype}), compile {'on' if compiled else 'off'} ({why_compiled})"
+
+
+def provenance() -> dict:
+    """Versions, commit, date and command, for config.json."""
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = commit.stdout.strip() or None
+    except OSError:
+        commit = None
+    return {
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "git_commit": commit,
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+class Group:
+    """The processes that train one run together; one that was not started by torchrun is a group of its own.
+
+    Plain sums of gradients instead of DistributedDataParallel, whose mean of per-process losses is not the loss of the
+    whole batch where shares are uneven, nor the embedding's gradient, which is divided by counts over the whole batch.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size = 0, 1
+        if not dist.is_torchelastic_launched():
+            return
+        cuda, place = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
+        if cuda and place >= torch.cuda.device_count():
+            raise RunError(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
+        if cuda:
+            torch.cuda.set_device(place)
+        if not dist.is_initialized():  # the others may wait for rank 0 to evaluate, or to be given a run
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def share(self, windows: Tensor) -> Tensor:
+        """This process's rows of windows (B, L+1): (b, L+1), where b may be 0."""
+        return windows.tensor_split(self.size)[self.rank]
+
+    def sum(self, tensors: Iterable[Tensor]) -> None:
+        """Adds up the processes' tensors, in place."""
+        if self.size > 1:
+            for pending in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                pending.wait()
+
+    def sum_gradients(self, model: nn.Module) -> None:
+        """Adds up the processes' gradients, in place. No window may have fallen to one of them."""
+        for parameter in model.parameters() if self.size > 1 else ():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.sum([parameter.grad for parameter in model.parameters()])
+
+    def agree(self, tensor: Tensor) -> None:
+        """Gives every process rank 0's tensor, in place: decisions that are taken from it are the same everywhere."""
+        if self.size > 1:
+            dist.broadcast(tensor, 0)
+
+    def together(self, work: Callable[[], Any], first_only: bool = False) -> Any:
+        """Calls `work` on every process, or on rank 0 for all. What goes wrong on one is raised on each of them."""
+        result = error = None
+        if self.rank == 0 or not first_only:
+            try:
+                result = work()
+            except (RuntimeError, ValueError, OSError) as caught:
+                error = caught
+        if self.size > 1:
+            answers: list[Any] = [None] * self.size
+            dist.all_gather_object(answers, (error and str(error), result if first_only else None))
+            wrong = next((message for message, _ in answers if message is not None), None)
+            error = error or (RunError(wrong) if wrong is not None else None)
+            result = answers[0][1] if first_only else result
+        if error is not None:
+            raise error
+        return result
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bars, once."""
+        if self.rank == 0:
+            tqdm.write(text)

@@ -1,0 +1,181 @@
+"""Many runs at once: each is trained by one process at a time, none is lost, and what failed is told."""
+
+import json
+import os
+import random
+import time
+
+import pytest
+from tiny import assert_same_tables, corpus, flags, kill, start  # noqa: F401
+
+import grid
+import runs
+import train
+from grid import Claim, LostClaim, owner, status, take
+
+TWENTY = "--steps 4 --p_bw 0 0.5 --seed 1 2 3 4 5 6 7 8 9 10"
+
+
+def test_three_processes_one_killed_write_the_tables_of_one(corpus, tmp_path):  # noqa: F811
+    logs = [tmp_path / f"log{k}" for k in range(3)]
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    processes = [start(log, *flags(corpus, shared, TWENTY)) for log in logs]
+    victim = random.choice(processes)
+    while not any((owner(folder) or {}).get("pid") == victim.pid for folder in shared.glob("*/")):
+        assert victim.is_alive(), "it was meant to be killed at work"
+        time.sleep(0.001)
+    time.sleep(random.random() / 4)
+    kill(victim)
+    train.main(flags(corpus, alone, TWENTY))
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes if process is not victim] == [0, 0]
+    assert_same_tables(shared, alone)
+    begun = "".join(log.read_text() for log in logs).count(" parameters, ")
+    assert 20 <= begun <= 21, "only the killed process's run may be begun again"
+
+
+def test_a_claim_is_exclusive_and_that_of_a_dead_process_is_taken_over(tmp_path):
+    first = take(tmp_path)
+    assert owner(tmp_path)["pid"] == os.getpid() and take(tmp_path) is None
+    first.path.write_text(first.path.read_text().replace(f'"pid": {os.getpid()}', '"pid": 999999999'))
+    second = take(tmp_path)
+    assert [path.name for path in grid.claims(tmp_path)] == ["claim.1"]
+    with pytest.raises(LostClaim, match="taken over"):
+        first.check()
+    first.release()
+    second.check()
+    second.release()
+    assert not grid.claims(tmp_path) and owner(tmp_path) is None
+
+
+@pytest.mark.parametrize("change", ['"start": "1"', '"host": "another"'])
+def test_numbers_of_processes_are_not_trusted_alone(tmp_path, change):
+    """A later process of the same number is not the owner; of another host's, only signs of life tell."""
+    claim = take(tmp_path)
+    mine = json.loads(claim.path.read_text())
+    claim.path.write_text(json.dumps(mine | json.loads("{" + change + "}")))
+    assert (owner(tmp_path) is None) == ("start" in change)
+    os.utime(claim.path, (time.time() - grid.STALE - 1,) * 2)
+    assert owner(tmp_path) is None
+    claim.over.set()
+
+
+def test_signs_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "BEAT", 0.01)
+    claim = take(tmp_path)
+    os.utime(claim.path, (0, 0))
+    while claim.path.stat().st_mtime == 0:
+        time.sleep(0.005)
+    claim.release()
+
+
+def test_of_those_that_see_a_dead_claim_one_takes_it_over(tmp_path, monkeypatch):
+    """The second creates its claim while the first is between looking and creating."""
+    (tmp_path / "claim.3").write_text(json.dumps({"pid": 1, "host": "gone"}))
+    os.utime(tmp_path / "claim.3", (0, 0))
+    faster = []
+
+    class Slow(Claim):
+        def __init__(self, path):
+            if not faster:
+                faster.append(Claim(path))
+            super().__init__(path)
+
+    monkeypatch.setattr(grid, "Claim", Slow)
+    assert take(tmp_path) is None and len(faster) == 1
+    faster[0].check()
+    faster[0].release()
+
+
+def test_a_claim_that_another_makes_meanwhile_is_respected(tmp_path, monkeypatch):
+    """It takes over while this one finds the old owner dead."""
+    (tmp_path / "claim.3").write_text(json.dumps({"pid": 1, "host": "gone"}))
+    os.utime(tmp_path / "claim.3", (0, 0))
+    real, faster = grid.living, []
+
+    def living(path):
+        found = real(path)
+        if not faster:
+            faster.append(Claim(tmp_path / "claim.4"))
+        return found
+
+    monkeypatch.setattr(grid, "living", living)
+    assert take(tmp_path) is None
+    faster[0].check()
+    faster[0].release()
+
+
+def test_a_process_that_lost_its_claim_writes_nothing_more(corpus, tmp_path, monkeypatch):  # noqa: F811
+    """It was suspended for long; meanwhile another has taken its run over, and still has it."""
+    real, other = train.Training.evaluate, []
+
+    def evaluate(self):
+        (folder,) = tmp_path.glob("1x16*")
+        if self.progress.step == 4 and not other:
+            before = {path.name: path.read_bytes() for path in folder.iterdir()}
+            (claim,) = grid.claims(folder)
+            os.utime(claim, (0, 0))
+            with monkeypatch.context() as patch:
+                patch.setattr(grid, "identity", lambda pid: {"host": "there", "namespace": "", "pid": 5, "start": "1"})
+                other.extend([take(folder), before])
+        return real(self)
+
+    def wait(seconds):
+        (folder,) = tmp_path.glob("1x16*")
+        assert other[1]["curve.csv"] == (folder / "curve.csv").read_bytes() and not (folder / "failed.json").exists()
+        other[0].path.unlink()
+
+    monkeypatch.setattr(train.Training, "evaluate", evaluate)
+    monkeypatch.setattr(grid.time, "sleep", wait)
+    train.main(flags(corpus, tmp_path, "--steps 6"))
+    assert list(runs.read_study(tmp_path)[0].curve.step) == [2, 4, 6]
+
+
+def test_a_failure_is_kept_and_tried_again_by_the_next_command(corpus, tmp_path, monkeypatch):  # noqa: F811
+    real = train.Training.step
+
+    def step(self):
+        if self.settings.seed == 2:
+            raise runs.RunError("it is the wrong day")
+        real(self)
+
+    monkeypatch.setattr(train.Training, "step", step)
+    with pytest.raises(SystemExit, match=r"1 of 3 runs failed:\nit is the wrong day \(1x16_pbw0.05_seed2_\w+\)$"):
+        train.main(flags(corpus, tmp_path, "--steps 2 --seed 1 2 3"))
+    assert len(list(tmp_path.glob("*/finished.json"))) == 2
+    (failed,) = tmp_path.glob("*/failed.json")
+    assert json.loads(failed.read_text())["reason"] == "it is the wrong day"
+    monkeypatch.undo()
+    rows = train.main(flags(corpus, tmp_path, "--steps 2 --seed 1 2 3"))
+    assert len(rows) == 3 and not failed.exists()
+
+
+def test_what_another_process_saw_fail_is_told_but_not_tried_again(tmp_path):
+    work = grid.Grid([tmp_path / "a", tmp_path / "b"])
+    runs.write_json(tmp_path / "a" / "failed.json", {"reason": "seen by another"})
+    assert work.next() == tmp_path / "b" and work.failed == {tmp_path / "a": "seen by another"}
+    work.close()
+    assert grid.Grid([tmp_path / "a"]).next() == tmp_path / "a"
+    assert not (tmp_path / "a" / "failed.json").exists()
+
+
+def test_status_counts_and_estimates(corpus, tmp_path, monkeypatch, capsys):  # noqa: F811
+    with pytest.raises(SystemExit, match="holds no runs: train some with"):
+        train.main(["--status", str(tmp_path / "nothing")])
+    train.main(flags(corpus, tmp_path, "--steps 4 --seed 1 2"))
+    monkeypatch.setattr(train.Training, "check", lambda *_: (_ for _ in ()).throw(runs.RunError("stopped")))
+    with pytest.raises(SystemExit):
+        train.main(flags(corpus, tmp_path, "--steps 4 --seed 3"))
+    grid.Grid([tmp_path / f"1x16_pbw0.05_seed{k}_000000" for k in (4, 5, 6)])
+    claim = take(tmp_path / "1x16_pbw0.05_seed4_000000")
+    for path in tmp_path.glob("*/finished.json"):
+        content = json.loads(path.read_text())
+        assert content["seconds_in_all"] >= content["seconds"] > 0
+        path.write_text(json.dumps(content | {"seconds_in_all": 1800.0}))
+    train.main(["--status", str(tmp_path)])
+    first, *lines = capsys.readouterr().out.rpartition(f"{tmp_path}: ")[2].splitlines()
+    assert first == "6 runs: 2 done, 1 running, 2 planned, 1 failed; about 1 h 30 min left with 1 at work"
+    assert len(lines) == 2 and "stopped" in lines[0] and f"not evaluated yet (process {os.getpid()} on " in lines[1]
+    claim.release()
+    assert "about 1 h 30 min left once a process is at work" in status(tmp_path)

@@ -1,0 +1,49 @@
+"""Merging: both ends are the runs themselves, the middle is the mean of their weights, what does not fit is refused."""
+
+import pytest
+import torch
+from tiny import corpus, flags  # noqa: F401
+
+import merge
+import runs
+import train
+from model import load_model
+
+
+@pytest.fixture(scope="module")
+def study(corpus, tmp_path_factory):  # noqa: F811
+    study = tmp_path_factory.mktemp("study")
+    train.main(flags(corpus, study, "--steps 30 --p_bw 0 0.5"))
+    train.main(flags(corpus, study, "--steps 2 --width 24"))
+    return study
+
+
+def test_the_ends_are_the_runs_and_the_middle_their_mean(study, capsys):
+    a, b = sorted(path.parent for path in study.glob("1x16*/config.json"))
+    merge.main([str(a), str(b), "--points", "3", "--device", "cpu"])
+    first = (study / "merge.csv").read_bytes()
+    merge.main([str(a), str(b), "--points", "3", "--device", "cpu"])
+    assert (study / "merge.csv").read_bytes() == first, "rows of the same two runs are replaced"
+    merge.main([str(b), str(a), "--points", "2", "--device", "cpu"])
+    table = runs.read_table(study / "merge.csv", merge.COLUMNS)
+    assert table.weight.tolist() == [0, 0.5, 1, 0, 1] and set(table.run_a) == {a.name, b.name}
+    for folder, row in ((a, 0), (b, 2), (b, 3), (a, 4)):
+        end = runs.read_run(folder).curve.iloc[-1]
+        assert table.fw_loss[row] == pytest.approx(end.fw_loss, rel=1e-5) and table.bw_loss[row] == pytest.approx(end.bw_loss, rel=1e-5)
+    assert table.fw_loss[1] not in (table.fw_loss[0], table.fw_loss[2])
+    models = [load_model(folder / "model.safetensors")[0] for folder in (a, b)]
+    heads = [model.head.clone() for _, model in merge.line(*models, 3)]
+    assert torch.equal(heads[0], models[0].head) and torch.equal(heads[2], models[1].head)
+    assert torch.allclose(heads[1], (models[0].head + models[1].head) / 2)
+    assert "0.50   fw" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_refused(study, tmp_path):
+    a, b = sorted(path.parent for path in study.glob("*/config.json"))[1:]
+    with pytest.raises(SystemExit, match="differ in size"):
+        merge.main([str(a), str(b), "--device", "cpu"])
+    with pytest.raises(SystemExit, match="is not a run"):
+        merge.main([str(a), str(tmp_path), "--device", "cpu"])
+    (b / "finished.json").unlink()
+    with pytest.raises(SystemExit, match="is unfinished"):
+        merge.main([str(a), str(b), "--device", "cpu"])

@@ -1,0 +1,53 @@
+"""A run's folder: what is written is whole or absent, what is read is right or refused."""
+
+import os
+
+import pytest
+
+import runs
+from runs import RunError
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "table.csv"
+    runs.write_atomically(path, "old")
+    for call in ("fsync", "chmod", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(runs.os, call, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            with pytest.raises(RunError, match=r"table.csv could not be written \(No space left on device\)"):
+                runs.write_atomically(path, "new")
+        assert [(p.name, p.read_text()) for p in path.parent.iterdir()] == [("table.csv", "old")]
+    with pytest.raises(RunError, match="could not be written"):
+        runs.write_atomically(path / "below a file", "new")
+
+
+def test_leftovers_are_the_temporary_files_alone(tmp_path, monkeypatch):
+    keep = ["config.json", "state.pt", ".gitkeep", "claim.0", "notes.with.dotsdots"]
+    for name in keep:
+        (tmp_path / name).write_text("kept")
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.os, "replace", lambda *_: os._exit(9))  # killed here, the temporary file stays
+        if (child := os.fork()) == 0:
+            runs.write_atomically(tmp_path / "state.pt", b"half")
+        os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == len(keep) + 1
+    runs.remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(keep)
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [("step,fw_loss\n1,2.0\n2,1", "its last row is cut off"), ("step,fw_loss\n1,2.0\n1,2.0\n", "a row occurs twice"), ("", "its last row"),
+     ("step,fw_loss\n1,2.0\n2,1,3\n", "damaged"), ("step\n1\n", "has no column 'fw_loss'"), (b"\xff\xfe\n", "damaged")],
+)  # fmt: skip
+def test_damaged_tables_are_refused(tmp_path, text, why):
+    path = tmp_path / "curve.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(RunError, match=why):
+        runs.read_table(path, ("step", "fw_loss"))
+
+
+def test_floats_keep_every_digit(tmp_path):
+    runs.write_table(tmp_path / "curve.csv", [{"step": 1, "fw_loss": 0.1 + 0.2}, {"step": 2, "fw_loss": None}], ("step", "fw_loss"))
+    assert runs.read_table(tmp_path / "curve.csv", ("step",)).fw_loss[0] == 0.1 + 0.2
+    assert runs.read_rows(tmp_path / "curve.csv", ("step",))[1] == {"step": "2", "fw_loss": ""}
