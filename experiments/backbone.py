@@ -1,0 +1,268 @@
+"""Backbones: anything that turns the tokens of a padded batch into one state per token. The experiments stand on this.
+
+    backbone = load_backbone("results/demo/RUN")                  # a run of train.py, or its model.safetensors
+    backbone = load_backbone("gpt2")                              # a Hugging Face causal LM, by name or local folder
+    ids, first = backbone.encode(["The", " cat", " sat"])         # words bring their own white space
+    tokens, present = pad([ids, other_ids])                       # (B, T) and (B, T)
+    states = backbone.states(tokens, present, "bw", depth=3)      # (B, T, width)
+
+A direction "fw" or "bw" stands for its mask, "causal" or "anticausal"; "none" lets every token see the whole sentence.
+Padding may be on any side, is never seen, and gets states of zero. Needs experiments/requirements.txt for Hugging Face
+models only.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.tokens import load_tokenizer
+from model import GPT, MASK_OF, load_model
+
+ATTENTIONS = ("sdpa", "eager", "flex_attention")  # of transformers; the flash kernels take no mask of one's own
+
+
+class BackboneError(ValueError):
+    """A model that cannot be loaded, or cannot do what is asked; the message is one sentence for the user."""
+
+
+class Backbone(nn.Module):
+    """The interface. `width` channels per state, `depth` layers, at most `max_tokens` tokens in a sentence."""
+
+    name: str
+    width: int
+    depth: int
+    max_tokens: int
+
+    def encode(self, words: list[str]) -> tuple[list[int], list[int]]:
+        """Words that bring their own white space -> (token ids, index of each word's first token)."""
+        raise NotImplementedError
+
+    def states(self, tokens: Tensor, present: Tensor, mask: str, depth: int | None = None) -> Tensor:
+        """tokens (B, T) int64, present (B, T) bool, False for padding -> states (B, T, width) after `depth` layers
+        (default: all) and the final norm; zeros at padding. `mask` is a direction, or causal, anticausal or none."""
+        raise NotImplementedError
+
+    def check(self, tokens: Tensor, present: Tensor, mask: str, depth: int | None) -> tuple[str, int]:
+        """The mask that a direction stands for, and the depth that None stands for. BackboneError for wrong ones."""
+        mask, depth = MASK_OF.get(mask, mask), self.depth if depth is None else depth
+        if mask not in ("causal", "anticausal", "none"):
+            raise BackboneError(f"mask must be fw, bw, causal, anticausal or none, got {mask!r}")
+        if not 0 <= depth <= self.depth:
+            raise BackboneError(f"depth must be between 0 and {self.depth} for {self.name}, got {depth}")
+        if tokens.shape != present.shape or present.dtype != torch.bool:
+            raise BackboneError(f"tokens {tuple(tokens.shape)} need a bool attention mask of their own shape, got "
+                                f"{tuple(present.shape)} of {present.dtype}")  # fmt: skip
+        longest = int(present.sum(1).max()) if len(present) else 0
+        if longest > self.max_tokens:
+            raise BackboneError(f"a sentence has {longest} tokens, {self.name} reads at most {self.max_tokens}")
+        return mask, depth
+
+
+def pad(sequences: list[list[int]], side: str = "right") -> tuple[Tensor, Tensor]:
+    """Token lists of any lengths -> tokens (B, T) int64, zero at padding, and present (B, T) bool."""
+    longest = max(map(len, sequences), default=0)
+    tokens = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    present = torch.zeros(len(sequences), longest, dtype=torch.bool)
+    for row, ids in enumerate(sequences):
+        place = slice(0, len(ids)) if side == "right" else slice(longest - len(ids), longest)
+        tokens[row, place], present[row, place] = torch.tensor(ids, dtype=torch.int64), True
+    return tokens, present
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Our own checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class OwnBackbone(Backbone):
+    """A GPT of this project. Sentences are framed as in training: FW in front for fw, BW behind for bw; with mask
+    "none", which no direction belongs to, both. A model trained without direction tokens gets none."""
+
+    def __init__(self, model: GPT, metadata: dict, name: str = "model") -> None:
+        super().__init__()
+        self.model, self.metadata, self.name = model, metadata, name
+        self.width, self.depth = model.config.width, model.config.depth
+        self.framed = metadata["direction_tokens"]
+        self.max_tokens = model.config.max_seq_len - 2 * self.framed
+
+    def encode(self, words: list[str]) -> tuple[list[int], list[int]]:
+        tokenizer = load_tokenizer(self.metadata["tokenizer"])
+        pieces = [tokenizer.encode_ordinary(word) for word in words]  # a word begins with a space: no token spans two
+        first = [0]
+        for piece in pieces:
+            first.append(first[-1] + len(piece))
+        return [token for piece in pieces for token in piece], first[:-1]
+
+    def states(self, tokens: Tensor, present: Tensor, mask: str, depth: int | None = None) -> Tensor:
+        mask, depth = self.check(tokens, present, mask, depth)
+        if mask == "anticausal" and self.metadata.get("bw_mask", "anticausal") != "anticausal":
+            raise BackboneError(f"{self.name} learned bw with the {self.metadata['bw_mask']} mask, which leaks: take another run")
+        # A causal model never looks to the right and an anti-causal one never to the left, and positions enter only
+        # through distance: with all padding moved to that side, a padded batch is exact. Without a mask padding would
+        # be seen, so there the sentences are taken in groups of equal length, which need none.
+        order = (present if mask == "anticausal" else ~present).to(torch.int8).argsort(dim=1, stable=True)
+        aligned = tokens.masked_fill(~present, 0).gather(1, order)
+        if mask == "none":
+            lengths = present.sum(1)
+            groups = [((lengths == n).nonzero()[:, 0], n) for n in lengths.unique().tolist() if n]
+        else:
+            groups = [(torch.arange(len(tokens), device=tokens.device), tokens.shape[1])]
+        out = torch.zeros(*tokens.shape, self.width, dtype=self.model.norm.weight.dtype, device=tokens.device)
+        for rows, length in groups:
+            out[rows, :length] = self.run(aligned[rows, :length], mask, depth)
+        back = order.argsort(1)[..., None].expand(out.shape)
+        return out.gather(1, back).masked_fill(~present[..., None], 0)
+
+    def run(self, tokens: Tensor, mask: str, depth: int) -> Tensor:
+        """tokens (B, T) without padding that this mask would see -> states (B, T, D); direction tokens come and go."""
+        V, T = self.model.config.vocab_size, tokens.shape[1]
+        front, behind = (int(self.framed and mask != other) for other in ("anticausal", "causal"))
+        tokens = F.pad(F.pad(tokens, (front, 0), value=V - 2), (0, behind), value=V - 1)
+        return self.model.hidden(tokens, mask, depth)[:, front : front + T]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face causal language models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class HuggingFaceBackbone(Backbone):
+    """A causal LM of transformers (its body, without the head). The mask is made by the library's own interface for
+    the attention in use (bool for sdpa, additive for eager, blocks for flex) and handed over ready, so that the model
+    puts no causal mask of its own on top. Positions count from each sentence's first token, whatever the padding."""
+
+    def __init__(self, model: nn.Module, tokenizer=None, name: str = "model") -> None:
+        super().__init__()
+        config = model.config
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.attention = config._attn_implementation
+        if self.attention not in ATTENTIONS:
+            raise BackboneError(f"attention must be one of {', '.join(ATTENTIONS)}: {self.attention!r} takes no mask of one's own")
+        self.width, self.depth = config.hidden_size, config.num_hidden_layers
+        # Within its sliding window a model's local attention is plain attention, so longer sentences are refused.
+        limits = (getattr(config, "max_position_embeddings", None), getattr(config, "sliding_window", None))
+        self.max_tokens = min([limit for limit in limits if limit], default=2**30)
+        self.final_norm = next((getattr(model, name) for name in ("norm", "ln_f", "final_layer_norm") if hasattr(model, name)), None)
+        if self.final_norm is None:
+            raise BackboneError(f"{self.name} is a {config.model_type} model, whose final norm was not found: it cannot be used here")
+
+    def encode(self, words: list[str]) -> tuple[list[int], list[int]]:
+        """Special tokens that the tokenizer adds (such as BOS) are kept; they belong to no word."""
+        if self.tokenizer is None:
+            raise BackboneError(f"{self.name} has no fast tokenizer beside its weights: add its tokenizer.json")
+        encoded = self.tokenizer("".join(words), return_offsets_mapping=True)
+        spans = [(start, end, index) for index, (start, end) in enumerate(encoded["offset_mapping"]) if end > start]
+        first, place, position = [], 0, 0
+        for word in words:
+            begin = position + len(word) - len(word.lstrip())  # a token may hold the white space before its word
+            position += len(word)
+            while place < len(spans) - 1 and spans[place][1] <= begin:
+                place += 1
+            if not spans:
+                raise BackboneError(f"the tokenizer of {self.name} makes nothing of {''.join(words)!r}")
+            first.append(spans[place][2])
+        return list(encoded["input_ids"]), first
+
+    def states(self, tokens: Tensor, present: Tensor, mask: str, depth: int | None = None) -> Tensor:
+        mask, depth = self.check(tokens, present, mask, depth)
+        out = self.model(
+            input_ids=tokens.masked_fill(~present, 0),
+            attention_mask=self.attention_mask(present, mask),
+            position_ids=(present.cumsum(1) - 1).clamp(min=0),
+            output_hidden_states=depth < self.depth,
+            use_cache=False,
+        )  # fmt: skip
+        states = out.last_hidden_state if depth == self.depth else self.final_norm(out.hidden_states[depth])
+        return states.masked_fill(~present[..., None], 0)
+
+    def attention_mask(self, present: Tensor, mask: str):
+        """Which key (B, T) a query may see, in the form that this attention wants. Nobody sees padding; a padded
+        query sees itself, because some kernels give NaN for a query that sees nothing."""
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+        def visible(batch, head, query, key):
+            seen = present[batch, key]
+            if mask == "causal":
+                seen = seen & (key <= query)
+            elif mask == "anticausal":
+                seen = seen & (key >= query)
+            return seen | (key == query)
+
+        B, T = present.shape
+        return ALL_MASK_ATTENTION_FUNCTIONS[self.attention](
+            batch_size=B, q_length=T, kv_length=T, q_offset=0, kv_offset=0, mask_function=visible, attention_mask=None,
+            allow_is_causal_skip=False, dtype=self.model.dtype, config=self.model.config, device=present.device,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_backbone(name: str, device: str = "cpu", attention: str = "sdpa") -> Backbone:
+    """A run's folder or model.safetensors of this project, or a Hugging Face causal LM by local folder or hub name.
+
+    Safetensors only, and no code from a model's repository is run. BackboneError says what is wrong in one sentence.
+    """
+    path = Path(name)
+    file = path if path.suffix == ".safetensors" else path / "model.safetensors"
+    try:
+        own = path.is_file() or "settings" in json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        own = False
+    if own:
+        if not file.exists():
+            raise BackboneError(f"{file} does not exist: give a finished run's folder (python train.py makes one)")
+        try:
+            model, metadata = load_model(file, device)
+        except ValueError as error:
+            raise BackboneError(str(error)) from None
+        return OwnBackbone(model, metadata, str(name))
+    return load_hugging_face(name, device, attention)
+
+
+def load_hugging_face(name: str, device: str, attention: str) -> HuggingFaceBackbone:
+    try:
+        from huggingface_hub import snapshot_download
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError:
+        raise BackboneError("Hugging Face models need transformers: pip install -r experiments/requirements.txt") from None
+    if not Path(name).is_dir() and (Path(name).exists() or name.count("/") > 1 or name.startswith(".")):
+        raise BackboneError(f"{name} is neither a run of train.py nor a folder with a Hugging Face model")
+    try:
+        folder = name if Path(name).is_dir() or hub_answers(name) else snapshot_download(name, local_files_only=True)
+    except OSError:
+        raise BackboneError(f"{name} could not be loaded: the Hugging Face hub does not give it, and there is no copy in the "
+                            f"cache; without a network, copy the model's folder here and give its path") from None  # fmt: skip
+    try:
+        options = {"use_safetensors": True, "trust_remote_code": False, "dtype": "auto"}
+        model = AutoModel.from_pretrained(folder, attn_implementation=attention, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise BackboneError(f"{name} could not be loaded: {reason}") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError):
+        tokenizer = None  # states() works without; encode() says what is missing
+    return HuggingFaceBackbone(model.to(device).eval(), tokenizer if getattr(tokenizer, "is_fast", False) else None, name)
+
+
+def hub_answers(name: str) -> bool:
+    """One question to the hub. transformers would ask five times per file, with pauses: minutes without a network."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception:  # no network, no such model, no permission: the library has an exception for each
+        return False
+    return True
