@@ -1,0 +1,400 @@
+"""Speed and memory of training, evaluation and data, against a plain eager reference and the hardware's limit.
+
+    python bench.py                                     # 8 x 384 in full, steps of 4 x 512 tokens (a GPU: 32 x 1024)
+    python bench.py --all --peers ../peers --text DIR   # everything: other sizes, lengths 32..4096, peers, prepare.py
+    python bench.py --depth 4 --width 192 --seq_len 128 --batch 16 --repeats 9
+    python bench.py --report                            # only the tables and the figure, from the files already there
+
+- writes one JSON file per run into results/bench/, then speed.png and the tables of README.md (bench_report.py)
+- every time is the median of interleaved repeats after a warm-up, with the fastest and the slowest beside it
+- "share of peak" is model FLOPs (`flops`) over time, against a large matrix product timed in the same repeats
+- first steps (compilation, cold cache) and peak memory come from a fresh process each
+- `--peers FOLDER` also times hlb-gpt's own code (FOLDER/hlb-gpt/main.py) and nanoGPT's (FOLDER/nanoGPT/model.py)
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import math
+import multiprocessing
+import os
+import re
+import resource
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import bench_peers
+import bench_report
+from data.encode import tokenizer_of
+from data.prepare import main as prepare
+from data.sources import local_splits
+from data.tokens import OfflineError
+from eval_layers import ablate
+from machine import choose_machine, provenance
+from model import GPT, GPTConfig, HeadLoss, frame
+from recipe import Settings, resolve
+from runs import RunError, write_json
+from train import Training
+
+FOLDER = Path(__file__).parent / "results" / "bench"
+TASKS = {"fw": 0.0, "fw+bw": 1.0, "bw": 1.0}  # what a step trains -> p_bw
+FULL = {"cpu": ((8, 384),), "cuda": ((8, 384), (4, 192), (16, 1536), (32, 1536))}  # sizes that --all measures in full
+SIZES = {"cpu": [(d, w) for d in (4, 8) for w in (192, 384)], "cuda": [(d, w) for d in (4, 8, 16, 32) for w in (192, 384, 768, 1536)]}
+LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point: a size, a batch, a machine. What a fresh process needs to know to measure it."""
+
+    depth: int
+    width: int
+    seq_len: int
+    batch: int  # windows per step
+    repeats: int  # of every timing
+    device: str = "auto"
+    dtype: str = "auto"
+    compile: str = "auto"
+    vocab_size: int = 50257  # ids of the made-up tokens
+    peers: str | None = None  # folder with clones of hlb-gpt and nanoGPT
+
+    def settings(self, data: str) -> Settings:
+        shared = {name: getattr(self, name) for name in ("depth", "width", "seq_len", "device", "dtype", "compile")}
+        return resolve(Settings(data=data, task="fw", max_seq_len=self.seq_len, seq_len_start=2, micro_batches=1, lr=1e-4,
+                                batch_tokens=self.batch * self.seq_len, **shared))  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reference: the same model, computed plainly
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=2)
+def square(mask: str, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Distances, visibility and -inf, each (T, T): prepared once, as hlb-gpt does."""
+    i, j = torch.arange(length, device=device)[:, None], torch.arange(length, device=device)
+    distance, visible = (j - i, j <= i) if mask == "causal" else (i - j, j >= i)
+    return distance.to(dtype), visible, torch.full((length, length), -math.inf, device=device, dtype=dtype)
+
+
+def reference_loss(model: GPT, windows: Tensor, direction: str) -> Tensor:
+    """The loss of `GPT.loss` with a mask tensor in every block, one wide head, all logits at once, and no compiler."""
+    inputs, targets = frame(windows, direction, model.config.vocab_size)
+    D, qk_dim, inner = model.config.width, model.blocks[0].qk_dim, model.blocks[0].inner
+    x = F.embedding(inputs, model.embedding, scale_grad_by_freq=True)
+    for block in model.blocks:
+        distance, visible, minus_infinity = square("causal" if direction == "fw" else "anticausal", inputs.shape[1], x.device, x.dtype)
+        bias = torch.where(visible, F.softplus(block.slope) * distance, minus_infinity)
+        query, key, linear, gate = F.linear(block.norm(x), block.expand).split((qk_dim, qk_dim, inner, inner), -1)
+        local, value = (linear * F.gelu(gate)).split((inner - D, D), -1)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        x = x + F.linear(torch.cat([local, attended], -1), block.project)
+    return F.cross_entropy(F.linear(model.norm(x), model.head).flatten(0, 1), targets.flatten())
+
+
+class Reference(Training):
+    """The same training step around the reference's loss."""
+
+    def one_pass(self, windows: Tensor, direction: str, share: float) -> Tensor:
+        loss = reference_loss(self.model, windows, direction)
+        (loss * share).backward()
+        return torch.stack([loss.detach().float(), torch.zeros((), device=self.device)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What there is to compute
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def flops(config: GPTConfig, batch: int, seq_len: int) -> int:
+    """FLOPs of one training pass: 6 x parameters of the matrices, head included, x tokens, and causal attention.
+
+    Attention: 2 x (query channels + value channels) for each of the T (T + 1) / 2 visible pairs of a block, three times
+    (forward, and the gradients of both factors). What is recomputed, masked out or element-wise does not count.
+    """
+    D, inner, qk_dim = config.width, config.expand * config.width, config.width // config.qk_div
+    matrices = config.depth * (D * (2 * qk_dim + 2 * inner) + inner * D) + D * config.vocab_size
+    attention = config.depth * 3 * 2 * (qk_dim + D) * batch * seq_len * (seq_len + 1) // 2
+    return 6 * matrices * batch * seq_len + attention
+
+
+def matrix_products(config: GPTConfig, batch: int, seq_len: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
+    """A function that computes the matrix products of one training pass, and nothing else, into memory at hand.
+
+    A layer (N, in) x (in, out) takes three: the output and the gradients of input and weight. Attention is computed
+    unmasked, as the formula has it. The head goes in the chunks in which HeadLoss computes it.
+    """
+    D, inner, qk_dim, tokens = config.width, config.expand * config.width, config.width // config.qk_div, batch * seq_len
+    pieces = [min(HeadLoss.CHUNK, tokens - start) for start in range(0, tokens, HeadLoss.CHUNK)]
+    layers = [(tokens, D, 2 * qk_dim + 2 * inner), (tokens, inner, D)] * config.depth + [(n, D, config.vocab_size) for n in pieces]
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    def triple(left: Tensor, right: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """left @ right and its two gradients, as (factor, factor, result)."""
+        out = left @ right
+        return [(left, right, out), (out, right.mT, torch.empty_like(left)), (left.mT, out, tensor(*right.shape))]
+
+    attention = [(batch, seq_len, qk_dim, seq_len), (batch, seq_len, seq_len, D)]
+    shapes = {shape: triple(tensor(shape[0], shape[1]), tensor(shape[2], shape[1]).mT) for shape in set(layers)}
+    shapes |= {shape: triple(tensor(*shape[:-2], shape[-2]), tensor(*shape[:-3], shape[-2], shape[-1])) for shape in attention}
+    work = [product for shape in layers + attention * config.depth for product in shapes[shape]]
+
+    def run() -> None:
+        for left, right, out in work:
+            torch.matmul(left, right, out=out)
+
+    return run
+
+
+def large_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], None], int]:
+    """A matrix product large enough to reach the machine's peak, and its FLOPs."""
+    n = 8192 if device.type == "cuda" else 2048
+    left, right, out = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
+    return lambda: torch.mm(left, right, out=out), 2 * n**3
+
+
+def made_up_data(folder: Path, case: Case) -> Path:
+    """A token folder of random ids, frequent ones first as in text: `log id` is uniform. Speed does not ask for more."""
+    rng, splits = np.random.default_rng(0), {}
+    folder.mkdir()
+    for name, size in (("train", 64 * case.batch * case.seq_len), ("val", 2 * case.batch * case.seq_len)):
+        (case.vocab_size ** rng.random(size + 1)).astype("<u2").tofile(folder / f"{name}.bin")
+        splits[name] = {"file": f"{name}.bin", "tokens": size + 1, "sha256": None}
+    write_json(folder / "meta.json", {"name": "made up", "vocab_size": case.vocab_size, "dtype": "uint16", "splits": splits})
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def medians(work: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, dict[str, float]]:
+    """Milliseconds per call: {name: {"ms": median, "low": fastest, "high": slowest}}.
+
+    In every repeat each function has its turn: what slows the machine down for a while slows all of them down.
+    """
+    times, calls = {name: [] for name in work}, dict.fromkeys(work, 1)
+    for repeat in range(-2, repeats):  # two to warm up; the second says how many calls take 0.2 s
+        for name, function in work.items():
+            wait(device)
+            start = time.perf_counter()
+            for _ in range(calls[name]):
+                function()
+            wait(device)
+            seconds = (time.perf_counter() - start) / calls[name]
+            if repeat >= 0:
+                times[name].append(1000 * seconds)
+            elif repeat == -1:
+                calls[name] = max(1, math.ceil(0.2 / seconds))
+    return {name: {"ms": statistics.median(values), "low": min(values), "high": max(values)} for name, values in times.items()}
+
+
+def idle_share(step: Callable[[], None], steps: int = 20) -> float:
+    """The share of the time in which a CUDA device had nothing to do, from a profile of some training steps."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    spans = sorted((e.time_range.start, e.time_range.end) for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    busy, reached = 0.0, spans[0][0]
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return 1 - busy / (reached - spans[0][0])
+
+
+def peak_memory(device: torch.device) -> float:
+    """MB at most so far: of the CUDA allocator, or resident in this process since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    try:  # getrusage would also count what the parent process held when it started this one
+        return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+    except (OSError, TypeError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def first_steps(case: Case, data: str, reference: bool) -> dict[str, float]:
+    """In a fresh process: seconds to the first step and to the first ones that are longer or go backward; peak MB."""
+    device, dtype, compiled, _ = choose_machine(case.settings(data))
+    torch.ones(1, device=device)  # the driver's start is not the program's
+    base, seconds, start = peak_memory(device), {}, time.perf_counter()
+    training = (Reference if reference else Training)(case.settings(data), device, dtype, compiled and not reference)
+    steps = {"first": ("fw", case.seq_len // 2), "longer": ("fw", case.seq_len), "third": ("fw", case.seq_len), "backward": ("bw", case.seq_len)}
+    for name, (task, length) in steps.items():
+        training.settings = training.recipe.settings = replace(training.settings, task=task, p_bw=TASKS[task], seq_len=length)
+        training.step()
+        wait(device)
+        seconds[name], start = time.perf_counter() - start, time.perf_counter()
+    return seconds | {"memory_mb": peak_memory(device) - base}
+
+
+def steady_state(case: Case, data: str, full: bool) -> dict:
+    """In a fresh process: all that is timed in repeats. A point of a sweep times the step and the reference only."""
+    settings = case.settings(data)
+    device, dtype, compiled, machine = choose_machine(settings)
+    training, reference = Training(settings, device, dtype, compiled), Reference(settings, device, dtype, compiled=False)
+    config = training.model.config
+
+    def step(task: str) -> None:
+        training.settings = replace(training.settings, task=task)
+        training.progress.p_bw = TASKS[task]
+        training.step()
+
+    product, product_flops = large_product(device, dtype)
+    work = {"peak": product, "reference": reference.step, **{task: functools.partial(step, task) for task in (TASKS if full else ["fw"])}}
+    if full:
+        work["products"] = matrix_products(config, case.batch, case.seq_len, device, dtype)
+        work["evaluation"] = training.evaluate
+        work["cuts"] = lambda: ablate(training.model, training.val_tokens, "cut")
+        work["loading"] = lambda: training.windows.next(case.batch, case.seq_len)
+    if case.peers:
+        work |= bench_peers.steps(Path(case.peers), case, training.train_tokens.data, device, dtype, compiled)
+    times = medians(work, case.repeats, device)
+    about = provenance()
+    return {
+        **asdict(case), "full": full, "params": training.model.num_params(), "flops": flops(config, case.batch, case.seq_len),
+        "peak_flops_per_s": 1000 * product_flops / times["peak"]["low"], "times": times,
+        "idle": idle_share(functools.partial(step, "fw")) if full and device.type == "cuda" else None,
+        "device": device.type, "dtype": str(dtype)[6:], "compiled": compiled, "machine": machine,
+        "versions": about["versions"], "git_commit": about["git_commit"], "load": os.getloadavg()[0], "cores": os.cpu_count(),
+    }  # fmt: skip
+
+
+def in_fresh_process(function: Callable[..., dict], *args) -> dict:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def measure(case: Case, full: bool) -> dict:
+    """One point: {..., "times", "first_steps"}; {"failed": why} where the machine could not do it."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder) / "compiled")  # cold, and then warm for the steady state
+        data = str(made_up_data(Path(folder) / "data", case))
+        try:
+            first = {"ours": in_fresh_process(first_steps, case, data, False)} if full else {}
+            point = in_fresh_process(steady_state, case, data, full)
+            if full:
+                first["reference"] = in_fresh_process(first_steps, case, data, True)
+            return point | {"first_steps": first}
+        except (RuntimeError, BrokenProcessPool) as error:  # out of memory ends in one of the two
+            return asdict(case) | {"full": full, "failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        finally:
+            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+
+
+def measure_prepare(text: Path) -> dict[str, float]:
+    """MB of text per second: tiktoken in one thread on the documents in memory, and data/prepare.py from file to file."""
+    splits, _ = local_splits(text, "text", 0.01)
+    texts = ["".join(block for block, _ in blocks) for split in splits.values() for blocks, _ in split]
+    megabytes = sum(len(document.encode()) for document in texts) / 1e6
+    tokenizer_of("gpt2").encode_ordinary(texts[0][:1000])
+    start = time.perf_counter()
+    [tokenizer_of("gpt2").encode_ordinary(document) for document in texts]
+    single = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
+        start = time.perf_counter()
+        prepare([str(text), "--out", str(Path(folder) / "tokens")])
+        ours = time.perf_counter() - start
+    return {"megabytes": megabytes, "cores": os.cpu_count(), "tiktoken_mb_per_s": megabytes / single, "prepare_mb_per_s": megabytes / ours}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cases(args: argparse.Namespace, kind: str) -> Iterator[tuple[Case, bool]]:
+    """What to measure, and whether in full; the largest models last, so that what fails there costs nothing else."""
+    seq_len, batch = args.seq_len or {"cpu": 512, "cuda": 1024}[kind], args.batch or {"cpu": 4, "cuda": 32}[kind]
+    case = Case(args.depth, args.width, seq_len, batch, args.repeats, args.device, args.dtype, args.compile, args.vocab_size, args.peers)
+    yield case, True
+    if not args.all:
+        return
+    for length in LENGTHS:
+        if length != seq_len:
+            yield replace(case, seq_len=length, batch=max(1, batch * seq_len // length), peers=None), False
+    for depth, width in SIZES[kind]:
+        if (depth, width) != (args.depth, args.width):
+            full = (depth, width) in FULL[kind]
+            yield replace(case, depth=depth, width=width, peers=args.peers if full else None), full
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    def count(text: str) -> int:
+        if not text.isdigit() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+        return int(text)
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", type=count, default=8)
+    parser.add_argument("--width", type=count, default=384)
+    parser.add_argument("--seq_len", type=count, help="tokens of a window (default: 512 on a CPU, 1024 on a GPU)")
+    parser.add_argument("--batch", type=count, help="windows per step (default: 4 on a CPU, 32 on a GPU)")
+    parser.add_argument("--repeats", type=count, default=5, help="of every timing, each at least 0.2 s (default: 5)")
+    parser.add_argument("--all", action="store_true", help="other sizes and lengths too")
+    parser.add_argument("--peers", help="folder with clones of hlb-gpt and nanoGPT")
+    parser.add_argument("--text", type=Path, help="text to measure data/prepare.py with, as it takes it")
+    for name, choices in (("device", ("cpu", "cuda")), ("dtype", ("float32", "bfloat16")), ("compile", ("on", "off"))):
+        parser.add_argument(f"--{name}", default="auto", choices=("auto", *choices))
+    parser.add_argument("--vocab_size", type=count, default=50257, help="ids of the made-up tokens (default: GPT-2's)")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results (default: results/bench)")
+    parser.add_argument("--report", action="store_true", help="measure nothing, draw and tabulate what is there")
+    args = parser.parse_args(argv)
+    if (args.seq_len or 4) < 4 or args.vocab_size > 65534:
+        parser.error("--seq_len must be at least 4, and --vocab_size at most 65534")
+    return args
+
+
+def run(args: argparse.Namespace, command: str) -> Path:
+    """Measures, and writes the run's file anew after every point. Returns its path."""
+    device, _, _, machine = choose_machine(Settings(device=args.device, dtype=args.dtype, compile=args.compile))
+    name = re.sub(r"\W+", "-", machine.split(",")[0]).strip("-").lower()
+    path = args.out / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}_{name}.json"
+    content = {"date": datetime.date.today().isoformat(), "command": command, "machine": machine, "device": device.type, "points": []}
+    print(machine)
+    for case, full in cases(args, device.type):
+        content["points"].append(measure(case, full))
+        write_json(path, content)
+        print(bench_report.sentence(content["points"][-1]), flush=True)
+    if args.text:
+        write_json(path, content | {"prepare": measure_prepare(args.text)})
+    return path
+
+
+def main(argv: list[str] | None = None) -> Path | None:
+    args = parse(argv)
+    try:
+        path = None if args.report else run(args, shlex.join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)]))
+        bench_report.write(args.out)
+    except (RunError, OfflineError, ValueError, OSError) as error:
+        raise SystemExit(f"bench.py: {error}") from None
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""What bench.py measured, in words, tables and one figure: from the JSON files of results/bench/ alone, without torch.
+
+    python bench.py --report        # results/bench/speed.png, and the tables between the two marks of README.md
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+from drawing import COLOURS, new_figure
+from report import short
+from runs import RunError, read_json, write_atomically
+
+MARKS = ("<!-- tables: written by python bench.py --report -->", "<!-- end of tables -->")
+NONE = "not measured"
+PASSES = {"fw": 1, "bw": 1, "fw+bw": 2, "reference": 1, "hlb-gpt": 1, "nanoGPT": 1}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read(folder: Path) -> list[dict]:
+    """All files of a folder, oldest first."""
+    files = [read_json(path) | {"file": path.name} for path in sorted(folder.glob("*.json"))]
+    for content in files:
+        if not {"date", "machine", "device", "points"} <= set(content):
+            raise RunError(f"{folder / content['file']} is damaged or was written by an older version: delete it and measure again")
+    return files
+
+
+def latest(files: list[dict], device: str) -> list[dict]:
+    """The points measured on a device, of equal ones the newest; those that failed are left out."""
+    points = {}
+    for content in files:
+        for point in content["points"]:
+            if content["device"] == device and "failed" not in point:
+                points[tuple(point[name] for name in ("depth", "width", "seq_len", "batch", "dtype", "compiled"))] = point
+    return list(points.values())
+
+
+def seconds(point: dict, name: str) -> float | None:
+    return point["times"][name]["ms"] / 1000 if name in point["times"] else None
+
+
+def ratio(point: dict, top: str, bottom: str) -> float | None:
+    """How many times the time of `bottom` the time of `top` is."""
+    times = seconds(point, top), seconds(point, bottom)
+    return None if None in times else times[0] / times[1]
+
+
+def tokens_per_second(point: dict, name: str) -> float | None:
+    time = seconds(point, name)
+    return time and PASSES[name] * point["batch"] * point["seq_len"] / time
+
+
+def share_of_peak(point: dict, name: str) -> float | None:
+    time = seconds(point, name)
+    return time and PASSES[name] * point["flops"] / time / point["peak_flops_per_s"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words and tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def label(point: dict) -> str:
+    return f"{point['depth']} x {point['width']}, {point['batch']} x {point['seq_len']} tokens"
+
+
+def sentence(point: dict) -> str:
+    """What the terminal shows of a point."""
+    if "failed" in point:
+        return f"{label(point)}: failed ({point['failed']})"
+    fw = point["times"]["fw"]
+    text = f"{label(point)}: {fw['ms']:.1f} ms ({fw['low']:.1f} to {fw['high']:.1f}), {tokens_per_second(point, 'fw'):,.0f} tokens/s, "
+    text += f"{share_of_peak(point, 'fw'):.1%} of peak ({point['peak_flops_per_s'] / 1e12:.2f} TFLOP/s)"
+    for name in ("reference", "hlb-gpt", "nanoGPT"):
+        if name in point["times"]:
+            text += f", {ratio(point, name, 'fw'):.2f} x {'the eager reference' if name == 'reference' else name}"
+    return text + (f"; {ratio(point, 'fw', 'products'):.2f} x its matrix products" if "products" in point["times"] else "")
+
+
+def cell(value: float | None, form: str = "{:.2f}", scale: float = 1.0) -> str:
+    return NONE if value is None else form.format(value * scale)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def find(points: list[dict], depth: int, width: int, seq_len: int) -> dict | None:
+    """The point of that size in full, or None."""
+    found = [p for p in points if (p["depth"], p["width"], p["seq_len"]) == (depth, width, seq_len) and p["full"]]
+    return found[-1] if found else None
+
+
+def p_bw_cost(point: dict, p_bw: float = 0.05) -> float | None:
+    both = ratio(point, "fw+bw", "fw")
+    return both and 1 + p_bw * (both - 1)
+
+
+def memory(point: dict) -> float | None:
+    first = point["first_steps"]
+    return first["ours"]["memory_mb"] / first["reference"]["memory_mb"] if first else None
+
+
+# device, depth, width, sequence length of the point; the target in words; what was measured, from that point
+TARGETS: list[tuple[str, int, int, int, str, Callable[[dict], str]]] = [
+    ("cuda", 8, 384, 1024, "8 x 384: at least 3 x hlb-gpt's own tokens/s", lambda p: cell(ratio(p, "hlb-gpt", "fw"), "{:.2f} x")),
+    ("cuda", 8, 384, 1024, "8 x 384: at least 45 % of the measured peak", lambda p: cell(share_of_peak(p, "fw"), "{:.1%}")),
+    ("cuda", 16, 1536, 1024, "16 x 1536: at least 55 % of peak", lambda p: cell(share_of_peak(p, "fw"), "{:.1%}")),
+    ("cuda", 32, 1536, 1024, "32 x 1536: at least 55 % of peak", lambda p: cell(share_of_peak(p, "fw"), "{:.1%}")),
+    ("cuda", 4, 192, 1024, "4 x 192: the device idles less than 5 % of a profile", lambda p: cell(p["idle"], "{:.1%}")),
+    ("cuda", 8, 384, 1024, "bw costs 1.00 +- 0.03 of fw", lambda p: cell(ratio(p, "bw", "fw"), "{:.3f}")),
+    ("cuda", 8, 384, 1024, "p_bw = 0.05 costs 1.05 +- 0.02 of p_bw = 0 (from the times of fw and fw + bw)", lambda p: cell(p_bw_cost(p), "{:.3f}")),
+    ("cuda", 8, 384, 1024, "peak memory of a step at most 1/3 of the reference's", lambda p: cell(memory(p))),
+    ("cuda", 32, 1536, 1024, "first step within 60 s at depth 32", lambda p: cell(p["first_steps"]["ours"]["first"], "{:.1f} s")),
+    ("cuda", 32, 1536, 1024, "... not paid again when the sequence grows / when the direction changes",
+     lambda p: " / ".join(cell(p["first_steps"]["ours"][name], "{:.2f} s") for name in ("longer", "backward"))),
+    ("cuda", 4, 192, 1024, "... nor much less at depth 4 (depth 32 takes less than 1.5 x this)",
+     lambda p: cell(p["first_steps"]["ours"]["first"], "{:.1f} s")),
+    ("cuda", 32, 1536, 1024, "all cuts of 32 layers take at most 2.5 x one evaluation", lambda p: cell(ratio(p, "cuts", "evaluation"), "{:.2f} x")),
+    ("cpu", 8, 384, 512, "8 x 384: at least 1.15 x hlb-gpt's own step", lambda p: cell(ratio(p, "hlb-gpt", "fw"), "{:.2f} x")),
+    ("cpu", 8, 384, 512, "8 x 384: at most 1.25 x the time of its matrix products", lambda p: cell(ratio(p, "fw", "products"), "{:.2f} x")),
+]  # fmt: skip
+
+
+def targets(files: list[dict]) -> str:
+    points = {device: latest(files, device) for device in ("cuda", "cpu")}
+    rows = []
+    for device, *size, text, value in TARGETS:
+        point = find(points[device], *size)
+        reason = f"{NONE}: no GPU was at hand" if device == "cuda" and not points[device] else NONE
+        rows.append([{"cuda": "GPU", "cpu": "two CPU cores"}[device], text, value(point) if point else reason])
+    prepared = [content["prepare"] for content in files if "prepare" in content]
+    rows.append(["any", "prepare.py: at least 0.9 x (cores x single-thread tiktoken)", prepare_words(prepared[-1]) if prepared else NONE])
+    return table(["where", "target", "measured here"], rows)
+
+
+def prepare_words(figures: dict) -> str:
+    share = figures["prepare_mb_per_s"] / figures["cores"] / figures["tiktoken_mb_per_s"]
+    return (f"{share:.2f} x ({figures['prepare_mb_per_s']:.1f} MB/s on {figures['cores']} cores, tiktoken {figures['tiktoken_mb_per_s']:.1f} MB/s "
+            f"on one, {figures['megabytes']:.0f} MB of text)")  # fmt: skip
+
+
+def spread(point: dict, name: str) -> str:
+    if name not in point["times"]:
+        return NONE
+    return "{ms:.4g} ({low:.4g} to {high:.4g})".format(**point["times"][name])
+
+
+def step_table(points: list[dict]) -> str:
+    header = ["size, step", "ms per step, fw", "tokens/s", "share of peak", "eager reference, ms", "reference / ours"]
+    return table(header, [[
+        label(p), spread(p, "fw"), f"{tokens_per_second(p, 'fw'):,.0f}", f"{share_of_peak(p, 'fw'):.1%}",
+        spread(p, "reference"), cell(ratio(p, "reference", "fw")),
+    ] for p in sorted(points, key=lambda p: (p["params"], p["seq_len"]))])  # fmt: skip
+
+
+DETAILS = {
+    "fw": "training step, fw", "fw+bw": "training step, fw and bw", "bw": "training step, bw alone", "reference": "eager reference's step",
+    "hlb-gpt": "hlb-gpt's own step", "nanoGPT": "nanoGPT's own step", "products": "matrix products of the fw step alone",
+    "evaluation": "evaluation of the validation split, both directions", "cuts": "all cuts on it (eval_layers.py), both directions",
+    "loading": "training windows of a step (TrainingWindows.next)",
+}  # fmt: skip
+
+
+def details(point: dict) -> str:
+    """Everything about a point that was measured in full."""
+    fw = seconds(point, "fw")
+    rows = [[text, spread(point, name), f"{seconds(point, name) / fw:.4g}"] for name, text in DETAILS.items() if name in point["times"]]
+    lines = [f"**{label(point)}**, {point['params']:,} parameters. {point['machine']}; torch {point['versions']['torch']}, "
+             f"commit {point['git_commit']}; peak {point['peak_flops_per_s'] / 1e12:.2f} TFLOP/s; load {point['load']:.1f} on {point['cores']} cores.", "", table(["what", "ms", "x fw step"], rows)]  # fmt: skip
+    for name, first in point["first_steps"].items():
+        lines += ["", f"First steps of {name} in a fresh process: {first['first']:.2f} s with building the model, {first['longer']:.2f} s when the "
+                  f"sequence grows, {first['backward']:.2f} s when it turns backward; peak memory {first['memory_mb']:,.0f} MB."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def tables(files: list[dict]) -> str:
+    parts = ["### Targets", targets(files)]
+    for device, name in (("cuda", "GPU"), ("cpu", "CPU")):
+        points = latest(files, device)
+        parts.append(f"### {name}")
+        parts += [step_table(points), *(details(p) for p in points if p["full"])] if points else [f"Not measured: no {name} was at hand."]
+    parts += ["### Commands", table(["file", "date", "command"], [[f"`{c['file']}`", c["date"], f"`{c['command']}`"] for c in files])]
+    return "\n\n".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The figure
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def figure(files: list[dict], path: Path) -> None:
+    """Tokens/s and share of peak, over sizes and over sequence lengths; a row per device that was measured, nothing else."""
+    devices = [device for device in ("cuda", "cpu") if latest(files, device)]
+    drawing, axes = new_figure(len(devices), 4, (13, 0.6 + 2.9 * len(devices)))
+    for row, device in zip(axes, devices):
+        points = latest(files, device)
+        main = next((p for p in points if p["full"]), points[0])
+        sizes = sorted((p for p in points if (p["seq_len"], p["batch"]) == (main["seq_len"], main["batch"])), key=lambda p: p["params"])
+        lengths = sorted((p for p in points if (p["depth"], p["width"]) == (main["depth"], main["width"])), key=lambda p: p["seq_len"])
+        panels = ((sizes, "params", "parameters"), (lengths, "seq_len", "sequence length"))
+        for ax, (some, key, x_label), share in zip(row, [panel for panel in panels for _ in range(2)], (False, True) * 2):
+            value = share_of_peak if share else tokens_per_second
+            for name, text, colour in (("fw", "this project", COLOURS[0]), ("reference", "eager reference", COLOURS[1])):
+                ax.plot([p[key] for p in some], [value(p, name) for p in some], color=colour, marker="o", markersize=3, label=text)
+            ax.set_xscale("log")
+            ax.set_xticks([p[key] for p in some], minor=False)
+            ax.set_xticklabels([f"{p['depth']}x{p['width']}" if key == "params" else str(p["seq_len"]) for p in some], rotation=45, fontsize=7)
+            ax.minorticks_off()
+            ax.set_ylim(bottom=0)
+            ax.set_xlabel(x_label + (f", {label(main).split(', ')[1]}" if key == "params" else f", {main['depth']} x {main['width']}"), fontsize=8)
+            ax.set_ylabel("share of the measured peak" if share else "tokens/s", fontsize=8)
+            ax.yaxis.set_major_formatter(lambda y, _, share=share: f"{y:.0%}" if share else short(y))
+        row[0].legend(fontsize=7, frameon=False)
+        row[0].set_title(main["machine"].split(",")[0] + ", " + main["dtype"], fontsize=9, loc="left")
+    drawing.suptitle("Training step, forward only: speed by size and by sequence length", fontsize=11)
+    content = io.BytesIO()
+    drawing.savefig(content, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+    write_atomically(path, content.getvalue())
+
+
+def write(folder: Path) -> None:
+    """speed.png and the tables of README.md, between their marks. RunError if nothing was measured yet."""
+    files = read(folder)
+    if not any(latest(files, device) for device in ("cuda", "cpu")):
+        raise RunError(f"{folder} holds no measurement: make one with python bench.py")
+    figure(files, folder / "speed.png")
+    readme = folder / "README.md"
+    text = readme.read_text() if readme.exists() else "# Speed\n\n" + "\n".join(MARKS) + "\n"
+    before, start, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (start and end):
+        raise RunError(f"{readme} has lost the marks between which the tables stand: {MARKS[0]} ... {MARKS[1]}")
+    write_atomically(readme, f"{before}{start}\n\n{tables(files)}\n\n{end}{after}")

@@ -1,0 +1,170 @@
+"""bench.py: the reference is the same model, FLOPs counted by hand, and the script as a user runs it. Nothing about speed."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import bench
+import bench_report
+from model import GPT, GPTConfig
+from runs import RunError
+
+TINY = "--depth 2 --width 32 --seq_len 16 --batch 2 --vocab_size 100 --repeats 1 --device cpu"
+
+
+def small_model(dtype):
+    model = GPT(GPTConfig(depth=3, width=32, vocab_size=128, max_seq_len=24), seed=1, attention="plain")
+    with torch.no_grad():
+        for weights, factor in ((model.embedding, 20), (model.head, 20), *((block.project, 10) for block in model.blocks)):
+            weights.mul_(factor)
+        model.blocks[1].slope.fill_(-2.0)  # one block that looks far
+    return model.to(dtype)
+
+
+def loss_and_gradients(model, function, windows, direction):
+    model.zero_grad()
+    loss = function(windows, direction)
+    loss.backward()
+    return loss.item(), [p.grad.float() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("direction", ["fw", "bw"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_the_reference_is_the_same_model(direction, dtype, tolerance):
+    model = small_model(dtype)
+    windows = torch.randint(0, 60, (4, 25), generator=torch.Generator().manual_seed(0))  # ids that repeat within the batch
+    ours, our_gradients = loss_and_gradients(model, lambda *x: model.loss(*x)[0], windows, direction)
+    plain, plain_gradients = loss_and_gradients(model, lambda *x: bench.reference_loss(model, *x), windows, direction)
+    assert ours == pytest.approx(plain, rel=tolerance / 5)
+    assert ours > 3  # not a model that knows nothing of its input
+    for (name, _), a, b in zip(model.named_parameters(), our_gradients, plain_gradients):
+        assert (a - b).norm() <= tolerance * b.norm() + 1e-7, name
+
+
+def test_flops_by_hand():
+    config = GPTConfig(depth=2, width=16, vocab_size=64)  # per block: expand (2*2 + 2*32) x 16 = 1088, project 16 x 32 = 512
+    matrices = 2 * (1088 + 512) + 64 * 16
+    pairs = 3 * (4 * 5 // 2)  # 3 windows of 4 tokens: 1 + 2 + 3 + 4 visible pairs each
+    attention = 2 * pairs * (2 + 16) * 2 * 3  # blocks, pairs, channels of query and value, multiply and add, fw and two gradients
+    assert bench.flops(config, batch=3, seq_len=4) == 6 * matrices * 12 + attention
+
+
+def test_the_products_alone_are_those_of_the_step(monkeypatch):
+    """By FLOPs: the products computed are 6 x matrices x tokens, and attention without its mask."""
+    config, counted = GPTConfig(depth=2, width=16, vocab_size=64), []
+    run = bench.matrix_products(config, 3, 4, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(torch, "matmul", lambda a, b, out: counted.append(2 * a.shape[:-1].numel() * a.shape[-1] * b.shape[-1]))
+    run()
+    causal, full = 4 * 5 // 2, 4 * 4
+    attention = bench.flops(config, 3, 4) - 6 * 12 * (2 * (1088 + 512) + 64 * 16)
+    assert sum(counted) == bench.flops(config, 3, 4) - attention + attention * full // causal
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The script as a user runs it, on a tiny model."""
+    out = tmp_path_factory.mktemp("bench")
+    command = [sys.executable, "bench.py", *TINY.split(), "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_the_script_measures_and_says_what(measured):
+    out, printed = measured
+    assert "2 x 32, 2 x 16 tokens:" in printed and "tokens/s" in printed and "x the eager reference" in printed and "of peak" in printed
+    (path,) = out.glob("*.json")
+    content = json.loads(path.read_text())
+    assert {"date", "command", "machine", "device", "points"} <= set(content) and content["command"].startswith("python bench.py --depth 2")
+    (point,) = content["points"]
+    assert set(point["times"]) == {"peak", "fw", "fw+bw", "bw", "reference", "products", "evaluation", "cuts", "loading"}
+    for times in point["times"].values():
+        assert 0 < times["low"] <= times["ms"] <= times["high"]
+    for first in point["first_steps"].values():
+        assert min(first.values()) > 0 and set(first) == {"first", "longer", "third", "backward", "memory_mb"}
+    assert point["params"] == GPT(GPTConfig(2, 32, vocab_size=128)).num_params() and point["versions"]["torch"] == torch.__version__
+
+
+def test_figure_and_tables_come_from_the_files_alone(measured):
+    out, _ = measured
+    for name in ("speed.png", "README.md"):
+        (out / name).unlink()
+    code = f"import sys, pathlib, bench_report; bench_report.write(pathlib.Path({str(out)!r})); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert (out / "speed.png").read_bytes().startswith(b"\x89PNG")
+    text = (out / "README.md").read_text()
+    assert text.count("not measured: no GPU was at hand") == 12  # every target that needs one, and no figure for any
+    (out / "README.md").write_text(text.replace("# Speed", "# My words"))
+    bench_report.write(out)
+    assert (out / "README.md").read_text() == text.replace("# Speed", "# My words")
+
+
+def fake_point(device, depth, width, seq_len, **times):
+    times = {name: {"ms": ms, "low": ms, "high": ms} for name, ms in times.items()}
+    return {"depth": depth, "width": width, "seq_len": seq_len, "batch": 2048 // seq_len, "dtype": "bfloat16", "compiled": False, "full": True,
+            "device": device, "machine": device, "params": 46_009_736, "flops": 10**12, "peak_flops_per_s": 4e12, "times": times, "idle": 0.02,
+            "versions": {"torch": "2"}, "load": 1.0, "cores": 2, "git_commit": "abc", "first_steps": {
+                "ours": {"first": 30.0, "longer": 0.1, "third": 0.1, "backward": 0.1, "memory_mb": 200.0},
+                "reference": {"first": 1.0, "longer": 0.1, "third": 0.1, "backward": 0.1, "memory_mb": 800.0}}}  # fmt: skip
+
+
+def test_targets_are_computed_as_the_issue_states_them():
+    times = {"fw": 500.0, "bw": 505.0, "fw+bw": 1010.0, "reference": 900.0, "hlb-gpt": 1600.0, "products": 400.0, "evaluation": 100.0, "cuts": 250.0}
+    gpu = {"device": "cuda", "points": [fake_point("cuda", 8, 384, 1024, **times), fake_point("cuda", 32, 1536, 1024, **times)]}
+    cpu = {"device": "cpu", "points": [fake_point("cpu", 8, 384, 512, **times)], "prepare": {
+        "megabytes": 60.0, "cores": 2, "tiktoken_mb_per_s": 5.0, "prepare_mb_per_s": 9.5}}  # fmt: skip
+    table = bench_report.targets([gpu, cpu])
+    for text, value in (
+        ("at least 3 x hlb-gpt", "3.20 x"), ("at least 45 %", "50.0%"), ("bw costs", "1.010"), ("p_bw = 0.05 costs", "1.051"),
+        ("at most 1/3", "0.25"), ("first step within", "30.0 s"), ("all cuts", "2.50 x"), ("1.15 x hlb", "3.20 x"), ("1.25 x", "1.25 x"),
+        ("prepare.py", "0.95 x"), ("16 x 1536", "not measured"),
+    ):  # fmt: skip
+        (row,) = [line for line in table.splitlines() if text in line]
+        assert row.split("|")[3].strip().startswith(value), row
+
+
+def test_of_equal_points_the_newest_counts_and_failed_ones_are_left_out():
+    old, new = fake_point("cpu", 8, 384, 512, fw=2.0), fake_point("cpu", 8, 384, 512, fw=1.0)
+    failed = {"depth": 32, "failed": "OutOfMemoryError: a lot"}
+    (point,) = bench_report.latest([{"device": "cpu", "points": [old, failed]}, {"device": "cpu", "points": [new]}], "cpu")
+    assert bench_report.tokens_per_second(point, "fw") == pytest.approx(2_048_000)
+    assert bench_report.share_of_peak(point, "fw") == pytest.approx(1e12 / 1e-3 / 4e12)
+
+
+def test_a_point_that_fails_does_not_end_the_run(monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory\nand more")
+
+    monkeypatch.setattr(bench, "in_fresh_process", fail)
+    point = bench.measure(bench.Case(2, 32, 16, 2, 1), full=False)
+    assert point["failed"] == "OutOfMemoryError: CUDA out of memory" and "failed" in bench_report.sentence(point)
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--report --out {}", "holds no measurement"), ("--peers {} --repeats 1 --depth 1 --width 32 --seq_len 8 --batch 1 --vocab_size 50 --out {}", "--peers"),
+])  # fmt: skip
+def test_user_errors_are_one_sentence(tmp_path, flags, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        bench.main(flags.format(tmp_path, tmp_path).split())
+    assert "\n" not in str(error.value)
+
+
+def test_a_readme_without_its_marks_is_not_overwritten(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"date": "", "command": "", "machine": "cpu", "device": "cpu", "points": [fake_point("cpu", 8, 384, 512, fw=1.0, reference=2.0)]}))
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(RunError, match="marks"):
+        bench_report.write(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_medians_interleave_and_scale(monkeypatch):
+    order = []
+    times = bench.medians({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, torch.device("cpu"))
+    assert order[:2] == ["a", "b"] and math.isfinite(times["a"]["ms"]) and set(times) == {"a", "b"}
