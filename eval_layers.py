@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runs
-from data.tokens import DataError, Tokens, open_tokens, validation_windows
+from data.tokens import DataError, Tokens, find_folder, open_tokens, validation_windows
 from model import GPT, evaluate, load_model
 
 ABLATIONS = ("cut", "drop")
@@ -57,15 +57,10 @@ def ablate(model: GPT, val: Tokens, ablation: str, bw_mask: str = "anticausal", 
     return rows[::-1] if ablation == "cut" else rows  # the article counts down
 
 
-def find_data(name: str) -> Path:
-    """A token folder given as a path, or by its name under data/."""
-    return Path(name) if (Path(name) / "meta.json").exists() else Path(__file__).parent / "data" / name
-
-
 def evaluate_run(folder: Path, ablations: list[str], device: str, batch_tokens: int) -> Path:
     """Writes a finished run's layers.csv, replacing the rows of these ablations; returns its path."""
     run = runs.read_run(folder)
-    val = open_tokens(find_data(run["data"]), "val")
+    val = open_tokens(find_folder(run["data"]), "val")
     if val.meta["splits"]["val"]["sha256"] != run.config["data"]["sha256"]["val"]:
         raise DataError(f"{run['data']} holds other validation tokens than {folder} was trained with: prepare the same text again")
     model, metadata = load_model(folder / "model.safetensors", device)

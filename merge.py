@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 import runs
-from data.tokens import Tokens, open_tokens, validation_windows
+from data.tokens import Tokens, find_folder, open_tokens, validation_windows
 from model import GPT, evaluate, load_model
 from runs import RunError
 
@@ -55,8 +55,8 @@ def merge(folder_a: Path, folder_b: Path, points: int, device: str, batch_tokens
     hashes = [run.config["data"]["sha256"] for run in found]
     if (a.config, about, hashes[0]) != (b.config, about_b, hashes[1]):
         raise RunError(f"{folder_a} and {folder_b} differ in size, tokens, bw_mask or direction tokens: such weights cannot be merged")
-    name = Path(found[0]["data"])
-    val = open_tokens(name if (name / "meta.json").exists() else Path(__file__).parent / "data" / name, "val")
+    name = found[0]["data"]
+    val = open_tokens(find_folder(name), "val")
     if val.meta["splits"]["val"]["sha256"] != hashes[0]["val"]:
         raise RunError(f"{name} holds other validation tokens than {folder_a} was trained with: prepare the same text again")
     names = {"run_a": found[0].name, "run_b": found[1].name}

@@ -1,7 +1,7 @@
 """Trains a GPT forward, backward, or both: hlb-gpt's recipe, with the article's second direction.
 
     python train.py                                              # 8 x 384 on WikiText-103, p_bw 0.05
-    python train.py --data toyworld --depth 4 --width 128 --lr 0.004 --steps 300 --seq_len 128 ...
+    python train.py --data toyworld --depth 2 --width 64 --max_seq_len 128 --batch_tokens 4096 --micro_batches 1 --lr 0.004 --steps 200
     python train.py --study results/mine --p_bw 0 0.05 --seed 100 101 102      # lists make a grid of runs
     python train.py --status results/mine                        # done, running, planned, failed; time left
     torchrun --standalone --nproc_per_node 4 train.py ...        # each run on 4 GPUs (machine.py)
@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 import runs
-from data.tokens import Tokens, TrainingWindows, open_tokens, validation_windows
+from data.tokens import Tokens, TrainingWindows, find_folder, open_tokens, validation_windows
 from flags import parse_grid
 from grid import Claim, run_folder, status, train_all
 from machine import Group, choose_machine, provenance
@@ -73,7 +73,7 @@ class Training:
 
     def __init__(self, settings: Settings, device: torch.device, dtype: torch.dtype, compiled: bool, group: Group | None = None) -> None:
         self.settings, self.device, self.group = settings, device, group or Group()
-        self.train_tokens, self.val_tokens = (open_tokens(data_folder(settings), split) for split in ("train", "val"))
+        self.train_tokens, self.val_tokens = (open_tokens(find_folder(settings.data), split) for split in ("train", "val"))
         self.windows = TrainingWindows(self.train_tokens, settings.sampling, settings.seed)
         config = GPTConfig(
             vocab_size=padded_vocab_size(self.train_tokens.meta["vocab_size"]),
@@ -248,12 +248,6 @@ class Training:
 # ---------------------------------------------------------------------------------------------------------------------
 # The run's folder, the machine, and what is printed
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def data_folder(settings: Settings) -> Path:
-    """`--data` is a path to a prepared folder, or the name of one under data/."""
-    path = Path(settings.data)
-    return path if (path / "meta.json").exists() else Path(__file__).parent / "data" / settings.data
 
 
 def data_floor(tokens: Tokens) -> tuple[float | None, float]:

@@ -82,6 +82,11 @@ def open_tokens(folder: str | Path, split: str, verify: bool = False) -> Tokens:
     return Tokens(folder, split, np.memmap(path, dtype=dtype, mode="r"), meta)
 
 
+def find_folder(name: str | Path) -> Path:
+    """A token folder given as a path, or by its name under this project's data/."""
+    return Path(name) if (Path(name) / "meta.json").exists() else Path(__file__).parent / name
+
+
 def read_meta(folder: str | Path) -> dict:
     """meta.json of a token folder. Raises DataError if the folder is not prepared or the file is unreadable."""
     folder = Path(folder)
