@@ -8,7 +8,7 @@ STUDY := results/demo
 
 # toyworld-sized: the recipe's learning-rate law and batch were fitted to models 50 times as large
 DEMO := --data toyworld --depth 4 --width 128 --max_seq_len 128 --seq_len 128 --batch_tokens 4096 --micro_batches 1 \
-        --lr 0.004 --lr_mult_embedding 8 --weight_decay 0.1 --epochs none --tokens 2.4e6 --eval_every none --eval_epochs 0.4
+        --lr 0.004 --lr_mult_embedding 8 --weight_decay 0.1 --epochs none --tokens 1.6e6 --eval_every none --eval_epochs 0.4
 
 .PHONY: demo test
 

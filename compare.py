@@ -346,10 +346,8 @@ def log_ratios(terms: list[Term]) -> np.ndarray:
 
 def ablation(run: Run, kind: str) -> pd.DataFrame:
     """Rows of layers.csv of one kind, indexed by layers remaining ("cut") or by the layer left out ("drop")."""
-    rows = run.layers[run.layers["ablation"] == kind]
-    return rows.drop_duplicates("layer" if kind == "drop" else "layers_remaining", keep="last").set_index(
-        "layer" if kind == "drop" else "layers_remaining"
-    ).sort_index()
+    rows, place = run.layers[run.layers["ablation"] == kind], "layer" if kind == "drop" else "layers_remaining"
+    return rows.drop_duplicates(place, keep="last").set_index(place).sort_index()
 
 
 def with_layers(study: Study, runs: Iterable[Run], kind: str) -> list[Run]:
@@ -366,9 +364,14 @@ def with_layers(study: Study, runs: Iterable[Run], kind: str) -> list[Run]:
     return complete
 
 
+def with_cuts(study: Study, terms: list[Term]) -> list[Term]:
+    """The terms both of whose runs have every cut."""
+    return [term for term in terms if len(with_layers(study, (term.top, term.bottom), "cut")) == 2]
+
+
 def cut_ratio(study: Study, terms: list[Term], order: str) -> pd.Series:
     """The ratio over layers remaining (index 1..depth), over the seeds whose runs have every cut; empty if none has."""
-    terms = [term for term in terms if len(with_layers(study, (term.top, term.bottom), "cut")) == 2]
+    terms = with_cuts(study, terms)
     if not terms:
         return pd.Series(dtype=float)
     tops = np.array([ablation(term.top, "cut")[term.top_column] for term in terms])  # (seeds, depth)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compare import ORDERS, Cell, Study, ablation, cut_ratio, final, with_layers
+from compare import ORDERS, Cell, Study, ablation, cut_ratio, final, with_cuts, with_layers
 from drawing import (
     METRIC_LABELS, UNITS, Options, by_group, coloured_cells, label_ends, meaning, new_figure, pick, plain_log_axis,
     runs_of, save, variant_colours,
@@ -54,7 +54,7 @@ def _layer_bars(study: Study, options: Options, ratio: str, metric: str) -> list
         axes[-1, 0].set_xlabel("layers remaining (blocks removed from the back)", fontsize=8)
         coloured_cells(figure, axes[:, 0], tables, absent, 6.5)
         caption = f"{meaning(ratio, metric, variant.label)} Rows: depth x width (parameters). "
-        caption += describe(runs_of(cells)) + "."
+        caption += describe(runs_of({cell: with_cuts(study, terms) for cell, terms in cells.items()})) + "."
         gaps = [cell.label for cell, row in zip(sizes, absent[0]) if row.any()]
         caption += f" Hatched, not measured: {', '.join(gaps)}." if gaps else ""
         title = f"{ratio[:5].title()} {ratio[5:]} of {METRIC_LABELS[metric]} over layers remaining"

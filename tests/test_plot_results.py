@@ -253,6 +253,15 @@ def test_command_draws_all_and_names_what_is_left_out(tmp_path, capsys):
     assert "ratio2_violins_ratio_then_mean.png" in out  # no window is reached: the whole range
 
 
+def test_a_caption_counts_only_the_seeds_in_its_figure(tmp_path, monkeypatch):
+    plant_pairs(tmp_path, (3.0,), (2.9,), (0,))
+    plant_pairs(tmp_path, (3.1,), (2.8,), (1,), layers=False)
+    captions = []
+    monkeypatch.setattr("plot_layers.save", lambda study, figure, group, name, title, caption: captions.append(caption))
+    plot_results.layers_ratio1(load(tmp_path))
+    assert "n = 1 seed (0)" in captions[0]
+
+
 def test_runs_with_a_single_evaluation_have_points_but_no_ratio_over_training(tmp_path, capsys):
     plant_pairs(tmp_path, (3.0,), (2.0,), evaluations=1, layers=False)
     figures = ["curves", "ratio1_training", "ratio1_heatmap", "ratio1_violins"]
