@@ -47,8 +47,9 @@ from data.prepare import main as prepare
 from data.sources import local_splits
 from data.tokens import OfflineError
 from eval_layers import ablate
+from gradients import HeadLoss
 from machine import choose_machine, provenance
-from model import GPT, GPTConfig, HeadLoss, frame
+from model import GPT, GPTConfig, frame
 from recipe import Settings, resolve
 from runs import RunError, write_json
 from train import Training

@@ -32,9 +32,10 @@ from tqdm import tqdm
 import runs
 from data.tokens import Tokens, TrainingWindows, find_folder, open_tokens, validation_windows
 from flags import parse_grid
+from gradients import token_counts
 from grid import Claim, run_folder, status, train_all
 from machine import Group, choose_machine, provenance
-from model import GPT, GPTConfig, evaluate, frame, model_bytes, padded_vocab_size, token_counts
+from model import GPT, GPTConfig, evaluate, frame, model_bytes, padded_vocab_size
 from recipe import Recipe, Settings, draw, make_optimizer, same_settings, share_done
 from runs import RunError
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import (
-    MASK_OF, MASKS, GPT, GPTConfig, CountedEmbedding, HeadLoss, evaluate, frame, load_model, model_bytes, padded_vocab_size, token_counts,
-)  # fmt: skip
+from gradients import CountedEmbedding, HeadLoss, token_counts
+from model import MASK_OF, MASKS, GPT, GPTConfig, evaluate, frame, load_model, model_bytes, padded_vocab_size
 
 MAX = 48  # longest sequence in these tests
 PATHS = ["plain", "kernel", "compiled"]
