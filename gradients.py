@@ -33,8 +33,19 @@ class CountedEmbedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         tokens, counts = ctx.saved_tensors
-        grad = grad.float() / counts[tokens][..., None]
-        return torch.ops.aten.embedding_dense_backward(grad, tokens, ctx.rows, -1, False).to(ctx.dtype), None, None
+        tokens, grad = tokens.flatten(), (grad.float() / counts[tokens][..., None]).flatten(0, -2)
+        # Sums in float32 for the ids that occur only: a float32 row for every id would be most of the time and memory.
+        place = (token_counts(tokens, ctx.rows) > 0).cumsum(0).sub_(1)[tokens]
+        sums = torch.ops.aten.embedding_dense_backward(grad, place, len(tokens), -1, False)
+        out = grad.new_zeros(ctx.rows, grad.shape[-1], dtype=ctx.dtype)
+        return out.index_copy_(0, tokens, sums[place].to(ctx.dtype)), None, None
+
+
+def norm(gradient: Tensor) -> Tensor:
+    """The Euclidean norm, a scalar in float32. On a CPU in parts that fit a cache: torch would copy all of it to float32."""
+    if gradient.is_cuda or gradient.dtype == torch.float32:
+        return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    return torch.stack([part.float().norm() for part in gradient.flatten().split(2**18)]).norm()
 
 
 def softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -90,4 +101,4 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, _) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (grad_hidden * grad).to(grad_hidden.dtype), (grad_weight * grad).to(ctx.dtype), None, None
+        return grad_hidden.mul_(grad), grad_weight.mul_(grad).to(ctx.dtype), None, None

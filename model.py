@@ -46,6 +46,7 @@ class GPTConfig:
     linear_value: bool = False  # attention values are the raw gate instead of the GeGLU
     expand: int = 2  # GeGLU channels per residual channel
     qk_div: int = 8  # query and key have width / qk_div channels, all heads together
+    dropout: float = 0.0  # of what a block adds to the residual stream, in training mode
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "num_heads", "max_seq_len", "qk_div"):
@@ -53,6 +54,8 @@ class GPTConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.expand < 2:
             raise ValueError(f"expand must be at least 2 (half local, half attention values), got {self.expand}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if self.vocab_size < 3:
             raise ValueError(f"vocab_size must be at least 3 (two ids are direction tokens), got {self.vocab_size}")
         if self.width % (self.qk_div * self.num_heads):
@@ -193,7 +196,8 @@ class Block(nn.Module):
         else:
             keys = torch.arange(key.shape[2], device=x.device)
             attended = plain_attention(query, key, value, position_bias(mask, slope, keys[-T:], keys, config.max_seq_len))
-        return x + F.linear(torch.cat([local, attended.transpose(1, 2).flatten(-2)], -1), self.project)
+        out = F.linear(torch.cat([local, attended.transpose(1, 2).flatten(-2)], -1), self.project)
+        return x + (F.dropout(out, config.dropout, self.training) if config.dropout else out)
 
 
 class GPT(nn.Module):

@@ -31,6 +31,7 @@ class Settings:
     p_bw: float = Option(0.05, "probability that a micro-batch is (also) learned backward; 0 is fw only", 0, 1)
     bw_mask: str = Option("anticausal", "flipped is the article's published mask; it leaks the targets", choices=("anticausal", "flipped"))
     direction_tokens: bool = Option(True, "tell the model its direction, and score the same tokens in both")
+    unique_tokens: float | None = Option(None, "train on the first this many tokens of the split only, and count epochs over them", 3)
     seed: int = Option(100, "initial weights, order of the text and direction draws, each from a stream of its own", 0)
     # The model
     depth: int = Option(8, "blocks", 1)
@@ -40,6 +41,7 @@ class Settings:
     linear_value: bool = Option(False, "attention values are the raw gate instead of the GeGLU")
     expand: int = Option(2, "GeGLU channels per residual channel", 2)
     qk_div: int = Option(8, "query and key have width / qk_div channels", 1)
+    dropout: float = Option(0.0, "share of the channels that each block adds to the residual stream zeroed in training", 0, 0.99)
     max_seq_len: int = Option(1024, "longest sequence, and the length of every validation window", 2)
     # How long: the run ends with the first step that reaches any of these
     epochs: float | None = Option(10.0, "tokens passed through the model, both directions counted, per training token", 0)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 import runs
 from data.tokens import Tokens, TrainingWindows, find_folder, open_tokens, validation_windows
 from flags import parse_grid
-from gradients import token_counts
+from gradients import norm, token_counts
 from grid import Claim, run_folder, status, train_all
 from machine import Group, choose_machine, provenance
 from model import GPT, GPTConfig, evaluate, frame, model_bytes, padded_vocab_size
@@ -75,10 +75,12 @@ class Training:
     def __init__(self, settings: Settings, device: torch.device, dtype: torch.dtype, compiled: bool, group: Group | None = None) -> None:
         self.settings, self.device, self.group = settings, device, group or Group()
         self.train_tokens, self.val_tokens = (open_tokens(find_folder(settings.data), split) for split in ("train", "val"))
+        if settings.unique_tokens:
+            self.train_tokens = self.train_tokens.first(int(settings.unique_tokens))
         self.windows = TrainingWindows(self.train_tokens, settings.sampling, settings.seed)
         config = GPTConfig(
             vocab_size=padded_vocab_size(self.train_tokens.meta["vocab_size"]),
-            **{name: getattr(settings, name) for name in ("depth", "width", "num_heads", "max_seq_len", "linear_value", "expand", "qk_div")},
+            **{name: getattr(settings, name) for name in ("depth", "width", "num_heads", "max_seq_len", "linear_value", "expand", "qk_div", "dropout")},
         )  # fmt: skip
         self.model = GPT(config, settings.seed).to(device, dtype)
         if compiled:
@@ -118,6 +120,8 @@ class Training:
         counts = token_counts(inputs, vocab_size)
         mask = s.bw_mask if direction == "bw" else None
         sums = torch.zeros(2, device=self.device)
+        if s.dropout:  # the same for this pass whatever came before: nothing to save, and runs that differ in p_bw stay pairs
+            torch.manual_seed(int(2**53 * draw(s.seed, f"dropout {direction}", self.progress.micro_step, self.group.rank)))
         for piece in self.group.share(windows).split(max(1, (s.physical_tokens or inputs.numel()) // inputs.shape[1])):
             if not len(piece):
                 continue  # fewer windows than processes
@@ -151,7 +155,7 @@ class Training:
         main = "fw" if "fw" in sums else "bw"
         self.group.sum_gradients(self.model)
         gradients = [parameter.grad for parameter in self.model.parameters()]
-        grad_norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]).norm()
+        grad_norm = torch.stack([norm(g) for g in gradients]).norm()
         self.read_figures()  # of the step before: the device has long had this step's work by now
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.lr(p.step)[group["name"]]
@@ -191,6 +195,7 @@ class Training:
     def evaluate(self) -> dict[str, float | int]:
         """The row of curve.csv at this step: the whole validation split, both directions, the same windows for every run."""
         s, p = self.settings, self.progress
+        self.model.eval()
         row = {"step": p.step, "epoch": self.epoch, "tokens_total": p.tokens_total, "lr": self.optimizer.param_groups[0]["lr"],
                "weight_decay": self.optimizer.param_groups[0]["weight_decay"], "micro_batches": p.micro_batches,
                "seq_len": self.recipe.seq_len(max(0, p.step - 1))}  # fmt: skip
@@ -199,6 +204,7 @@ class Training:
             batches = validation_windows(self.val_tokens, s.max_seq_len, max(1, (s.physical_tokens or 2**14) // s.max_seq_len))
             (result,) = evaluate(self.model, batches, direction, mask, s.direction_tokens)
             row |= {f"{direction}_{name}": value for name, value in result.items()}
+        self.model.train()
         return row
 
     def check(self, row: dict[str, float | int]) -> None:

@@ -53,6 +53,13 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.data)
 
+    def first(self, count: int) -> "Tokens":
+        """The same split, ended after `count` tokens. DataError if it has fewer."""
+        if count > len(self):
+            raise DataError(f"split {self.split!r} in {self.folder} has {len(self):,} tokens, fewer than the {count:,} "
+                            f"asked for; choose fewer or a larger text")
+        return Tokens(self.folder, self.split, self.data[:count], self.meta)
+
 
 def open_tokens(folder: str | Path, split: str, verify: bool = False) -> Tokens:
     """Open `folder`/`split`.bin and check its size and type (with `verify` also its sha256) against meta.json.
@@ -218,11 +225,12 @@ def gather(data: np.ndarray, starts: np.ndarray, size: int) -> np.ndarray:
 # Validation windows
 
 
-def validation_windows(tokens: Tokens, length: int, batch: int) -> Iterator[np.ndarray]:
+def validation_windows(tokens: Tokens, length: int, batch: int, count: int | None = None) -> Iterator[np.ndarray]:
     """The whole split in its own order, the same for every run: int64 arrays (b, length + 1) with b <= batch.
 
     Stride = length, so each of the N - 1 tokens after the first is scored exactly once. What is left at the end
-    (fewer than length + 1 tokens) comes as one shorter window (1, r + 1).
+    (fewer than length + 1 tokens) comes as one shorter window (1, r + 1). With `count`, only so many of the full
+    windows, spread evenly over the split.
     """
     if length < 1 or batch < 1:
         raise DataError(f"validation needs windows of at least one token in batches of at least one, "
@@ -230,9 +238,13 @@ def validation_windows(tokens: Tokens, length: int, batch: int) -> Iterator[np.n
     if len(tokens) < 2:
         raise DataError(f"split {tokens.split!r} in {tokens.folder} has {len(tokens)} token(s), but scoring takes two")
     full, rest = divmod(num_scored(tokens), length)
-    for first in range(0, full, batch):
-        yield gather(tokens.data, np.arange(first, min(first + batch, full)) * length, length + 1)
-    if rest:
+    if count is not None and not 1 <= count <= full:
+        raise DataError(f"split {tokens.split!r} in {tokens.folder} has {full} full windows of length {length:,}; "
+                        f"{count} of them cannot be chosen")
+    starts = np.arange(full) if count is None else np.arange(count) * full // count
+    for first in range(0, len(starts), batch):
+        yield gather(tokens.data, starts[first : first + batch] * length, length + 1)
+    if rest and count is None:
         yield gather(tokens.data, np.array([full * length]), rest + 1)
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import runs
 import train
 from model import load_model
+from data.tokens import open_tokens
 from data.toyworld import write_corpus
 from recipe import Recipe, Settings, draw, resolve
 from runs import RunError
@@ -141,8 +142,8 @@ def test_a_run_writes_its_folder_learns_and_is_not_run_twice(corpus, tmp_path, c
 
 
 def test_how_often_one_evaluates_changes_nothing(corpus, tmp_path):
-    _, often = run(corpus, tmp_path / "a", "--steps 20 --eval_every 1 --p_bw 0.3")
-    _, rarely = run(corpus, tmp_path / "b", "--steps 20 --eval_every none --eval_epochs none --p_bw 0.3")
+    _, often = run(corpus, tmp_path / "a", "--steps 20 --eval_every 1 --p_bw 0.3 --dropout 0.1")
+    _, rarely = run(corpus, tmp_path / "b", "--steps 20 --eval_every none --eval_epochs none --p_bw 0.3 --dropout 0.1")
     assert often.name == rarely.name
     for name, weights in results(often)[0].items():
         assert torch.equal(weights, results(rarely)[0][name]), name
@@ -153,7 +154,7 @@ def rows_written(study):
     return sum(len(path.read_text().splitlines()) for path in study.glob("*/curve.csv"))
 
 
-@pytest.mark.parametrize("schedule", ["--micro_batches 1.5", "--micro_batches none --seq_len_start 8 --seq_len_double_every 5"])
+@pytest.mark.parametrize("schedule", ["--micro_batches 1.5 --dropout 0.2", "--micro_batches none --seq_len_start 8 --seq_len_double_every 5"])
 def test_killed_and_resumed_ends_the_same_bit_for_bit(corpus, tmp_path, schedule):
     more = f"--steps 40 --eval_every 4 --p_bw 0.5 {schedule}"
     _, whole = run(corpus, tmp_path / "whole", more)
@@ -188,6 +189,25 @@ def test_paired_runs_share_weights_text_and_windows(corpus, tmp_path):
     rows = train.main(flags(corpus, tmp_path, "--steps 6 --p_bw 0 0.5 1 --lr 0 --micro_batches 1"))
     assert len({row["fw_loss"] for row in rows}) == len({row["train_loss"] for row in rows}) == len({row["tokens_unique"] for row in rows}) == 1
     assert [row["tokens_bw"] for row in rows][::2] == [0, rows[0]["tokens_fw"]]
+
+
+def test_unique_tokens_end_the_text_and_count_the_epochs(corpus, tmp_path):
+    row, folder = run(corpus, tmp_path, "--unique_tokens 600 --epochs 3")
+    assert 3 * 600 <= row["tokens_total"] < 3 * 600 + 256 and row["epoch"] == row["tokens_total"] / 600
+    assert runs.read_run(folder).config["data"]["train_tokens"] == 600
+    settings = resolve(Settings(data=str(corpus), unique_tokens=600, max_seq_len=32, seq_len=32, depth=1, width=16))
+    training, text = train.Training(settings, torch.device("cpu"), torch.float32, False), open_tokens(corpus, "train").data[:600].tolist()
+    seen = {tuple(window) for _ in range(8) for window in training.windows.next(16, 32).tolist()}
+    assert seen <= {tuple(text[k : k + 33]) for k in range(600 - 32)}
+    with pytest.raises(SystemExit, match="fewer than the 9,999,999 asked for"):
+        run(corpus, tmp_path, "--unique_tokens 9999999 --steps 1")
+
+
+def test_dropout_acts_in_training_only_and_is_the_same_for_both_runs_of_a_pair(corpus, tmp_path):
+    rows = train.main(flags(corpus, tmp_path, "--steps 4 --p_bw 0 1 --lr 0 --micro_batches 1 --dropout 0 0.5"))
+    without, dropped = rows[::2], rows[1::2]
+    assert without[0]["fw_loss"] == dropped[0]["fw_loss"] == dropped[1]["fw_loss"]  # nothing is dropped in an evaluation
+    assert dropped[0]["train_loss"] == dropped[1]["train_loss"] != without[0]["train_loss"]
 
 
 @pytest.mark.parametrize(
