@@ -42,8 +42,9 @@ def latest(files: list[dict], device: str) -> list[dict]:
     return list(points.values())
 
 
-def seconds(point: dict, name: str) -> float | None:
-    return point["times"][name]["ms"] / 1000 if name in point["times"] else None
+def seconds(point: dict, name: str, which: str = "ms") -> float | None:
+    """`which`: "ms" for the median, "low" and "high" for the fastest and the slowest repeat."""
+    return point["times"][name][which] / 1000 if name in point["times"] else None
 
 
 def ratio(point: dict, top: str, bottom: str) -> float | None:
@@ -52,13 +53,13 @@ def ratio(point: dict, top: str, bottom: str) -> float | None:
     return None if None in times else times[0] / times[1]
 
 
-def tokens_per_second(point: dict, name: str) -> float | None:
-    time = seconds(point, name)
+def tokens_per_second(point: dict, name: str, which: str = "ms") -> float | None:
+    time = seconds(point, name, which)
     return time and PASSES[name] * point["batch"] * point["seq_len"] / time
 
 
-def share_of_peak(point: dict, name: str) -> float | None:
-    time = seconds(point, name)
+def share_of_peak(point: dict, name: str, which: str = "ms") -> float | None:
+    time = seconds(point, name, which)
     return time and PASSES[name] * point["flops"] / time / point["peak_flops_per_s"]
 
 
@@ -205,22 +206,21 @@ def figure(files: list[dict], path: Path) -> None:
         main = next((p for p in points if p["full"]), points[0])
         sizes = sorted((p for p in points if (p["seq_len"], p["batch"]) == (main["seq_len"], main["batch"])), key=lambda p: p["params"])
         lengths = sorted((p for p in points if (p["depth"], p["width"]) == (main["depth"], main["width"])), key=lambda p: p["seq_len"])
-        panels = ((sizes, "params", "parameters"), (lengths, "seq_len", "sequence length"))
+        panels = ((sizes, "params", "size, by parameters"), (lengths, "seq_len", "sequence length"))
         for ax, (some, key, x_label), share in zip(row, [panel for panel in panels for _ in range(2)], (False, True) * 2):
             value = share_of_peak if share else tokens_per_second
             for name, text, colour in (("fw", "this project", COLOURS[0]), ("reference", "eager reference", COLOURS[1])):
-                ax.plot([p[key] for p in some], [value(p, name) for p in some], color=colour, marker="o", markersize=3, label=text)
-            ax.set_xscale("log")
-            ax.set_xticks([p[key] for p in some], minor=False)
-            ax.set_xticklabels([f"{p['depth']}x{p['width']}" if key == "params" else str(p["seq_len"]) for p in some], rotation=45, fontsize=7)
-            ax.minorticks_off()
+                ax.plot([value(p, name) for p in some], color=colour, marker="o", markersize=3, label=text)
+                ax.vlines(range(len(some)), *([value(p, name, which) for p in some] for which in ("high", "low")), color=colour, linewidth=0.8)
+            names = [f"{p['depth']}x{p['width']}" if key == "params" else str(p["seq_len"]) for p in some]
+            ax.set_xticks(range(len(some)), names, rotation=45, fontsize=7)
             ax.set_ylim(bottom=0)
             ax.set_xlabel(x_label + (f", {label(main).split(', ')[1]}" if key == "params" else f", {main['depth']} x {main['width']}"), fontsize=8)
             ax.set_ylabel("share of the measured peak" if share else "tokens/s", fontsize=8)
             ax.yaxis.set_major_formatter(lambda y, _, share=share: f"{y:.0%}" if share else short(y))
         row[0].legend(fontsize=7, frameon=False)
         row[0].set_title(main["machine"].split(",")[0] + ", " + main["dtype"], fontsize=9, loc="left")
-    drawing.suptitle("Training step, forward only: speed by size and by sequence length", fontsize=11)
+    drawing.suptitle("Training step, forward only: speed by size and by sequence length (median; bars from slowest to fastest repeat)", fontsize=11)
     content = io.BytesIO()
     drawing.savefig(content, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
     write_atomically(path, content.getvalue())

@@ -205,8 +205,10 @@ class GPT(nn.Module):
 
     `attention` is "plain" (the formula, any mask) or "kernel" (a stock causal kernel for causal and, through the mirror
     identity, anticausal; the formula for the other masks). The two agree within rounding; None takes the faster one:
-    the kernel on CUDA, the formula on a CPU.
+    the kernel on CUDA, on a CPU from LONG tokens on (results/bench).
     """
+
+    LONG = 2048
 
     def __init__(self, config: GPTConfig, seed: int = 0, attention: str | None = None) -> None:
         super().__init__()
@@ -273,7 +275,8 @@ class GPT(nn.Module):
         """Yields the residual stream (B, T, D) before the first and after each of the given blocks."""
         if mask not in MASKS:
             raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {mask!r}")
-        kernel = (self.attention or ("kernel" if x.is_cuda else "plain")) == "kernel" and mask in MASK_OF.values()
+        faster = "kernel" if x.is_cuda or x.shape[1] >= self.LONG else "plain"
+        kernel = (self.attention or faster) == "kernel" and mask in MASK_OF.values()
         # Positions enter only through distance, so an anticausal pass is a causal pass over the mirrored sequence:
         # one kernel and one compiled graph serve both directions.
         mirrored = kernel and mask == "anticausal"

@@ -198,6 +198,43 @@ def test_the_slopes_gradient_survives_bf16_at_full_length():
     assert slope_gradient("kernel", torch.bfloat16) == pytest.approx(slope_gradient("plain", torch.float64), rel=0.2)
 
 
+@pytest.mark.parametrize("length", [7, 32, 100])
+@pytest.mark.parametrize("directions", [("fw",), ("bw",), ("fw", "bw")])
+@pytest.mark.parametrize("path", ["kernel", "compiled"])
+def test_fifty_steps_take_the_same_course(path, directions, length):
+    """Losses of a training in float32, against the plain path: an error in any gradient would add up."""
+    start = [GPT(GPTConfig(depth=2, width=32, vocab_size=64, max_seq_len=128), seed=1, attention=a) for a in ("plain", "kernel")]
+    if path == "compiled":
+        torch._dynamo.reset()
+        start[1].compile_blocks(backend="aot_eager")
+    windows = torch.randint(0, 62, (50, 4, length + 1), generator=torch.Generator().manual_seed(2))
+    windows[..., 1:] = torch.where(torch.rand(windows[..., 1:].shape, generator=torch.Generator().manual_seed(3)) < 0.5, windows[..., :-1], windows[..., 1:])
+    courses = []
+    for model in start:
+        optimizer, course = torch.optim.AdamW(model.parameters(), lr=0.01), []
+        for batch in windows:
+            loss = sum(model.loss(batch, direction)[0] for direction in directions)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            course.append(loss.item())
+        courses.append(course)
+    assert min(courses[0]) < courses[0][0] - 0.3 * len(directions)  # it learns, so there is a course to follow
+    assert courses[1] == pytest.approx(courses[0], rel=2e-3)
+
+
+def test_long_inputs_take_the_kernel_on_a_cpu_too(monkeypatch):
+    import model as module
+
+    calls = []
+    monkeypatch.setattr(module, "kernel_attention", lambda query, key, value, slope: calls.append(query.shape[2]) or value)
+    small = GPT(GPTConfig(depth=1, width=8, vocab_size=8, max_seq_len=GPT.LONG))
+    for length in (GPT.LONG - 1, GPT.LONG):
+        for mask in ("causal", "anticausal"):
+            small.hidden(torch.zeros(1, length, dtype=torch.long), mask)
+    assert calls == [GPT.LONG] * 2
+
+
 def test_compiled_once_for_all_blocks_lengths_and_directions():
     from torch._dynamo.testing import CompileCounterWithBackend
 
