@@ -271,7 +271,7 @@ def steady_state(case: Case, data: str, full: bool) -> dict:
     if full:
         work["products"] = matrix_products(config, case.batch, case.seq_len, device, dtype)
         work["evaluation"] = training.evaluate
-        work["cuts"] = lambda: ablate(training.model, training.val_tokens, "cut")
+        work["cuts"] = lambda: ablate(training.model, training.val_tokens, ["cut"])
         work["loading"] = lambda: training.windows.next(case.batch, case.seq_len)
     if case.peers:
         work |= bench_peers.steps(Path(case.peers), case, training.train_tokens.data, device, dtype, compiled)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 import textwrap
@@ -15,13 +16,15 @@ from pathlib import Path
 from typing import Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from compare import Group, Ratios, Study, Variant, choose, ratio1, ratio2, variants
+from cells import BUDGETS, BW_ONLY, FW_ONLY, Group, Study, Variant, choose, variants
+from compare import Ratios, ratio1, ratio2
 from report import short
 from runs import Run, write_atomically
 
@@ -35,6 +38,7 @@ X_LABELS = {
     "epoch": "epoch (tokens seen, both directions / training tokens)",
     "epoch_unique": "epoch (text seen, once per window / training tokens)",
     "tokens_total": "tokens seen, both directions",
+    "tokens_fw": "tokens seen forward",
     "seconds": "training time in seconds",
 }
 METRIC_LABELS = {"loss": "loss", "acc": "accuracy", "ppl": "perplexity"}
@@ -53,11 +57,22 @@ class Options:
     all_seeds: bool = False
     p_bw: float | None = None
     task: str = "fw+bw"
+    budget: str = "tokens"
+
+    @property
+    def axis(self) -> str:
+        """The column on which training is cut into windows: epochs, or what is held equal instead of total tokens."""
+        return "epoch" if self.budget == "tokens" else BUDGETS[self.budget]
+
+    @property
+    def equal(self) -> str:
+        """For captions: what the compared runs have spent alike."""
+        return {"tokens": "total tokens", "fw_tokens": "forward tokens", "steps": "optimiser steps", "seconds": "seconds"}[self.budget]
 
     def tag(self, *used: str) -> str:
         """Goes into a file's name, so that figures drawn with other flags do not replace the default ones."""
         parts = []
-        for option in (option for option in fields(self) if option.name in (*used, "seeds")):
+        for option in (option for option in fields(self) if option.name in (*used, "seeds", "budget")):
             value = getattr(self, option.name)
             if value != option.default:
                 flag = option.name if option.name in ("log", "all_seeds") else None
@@ -68,8 +83,19 @@ class Options:
 
 
 def variant_colours(study: Study) -> dict[Variant, str]:
-    """One colour per variant in all of a study's figures, whichever of them a panel shows."""
-    return dict(zip(variants(study), COLOURS * 9))
+    """One colour per variant in all of a study's figures, whichever of them a panel shows.
+
+    A sweep of p_bw has more of them than there are colours to tell apart: then two scales that darken with p_bw.
+    """
+    found = variants(study)
+    if len(found) <= len(COLOURS):
+        return dict(zip(found, COLOURS))
+    colours = {FW_ONLY: "#000000", BW_ONLY: "#CC79A7"}
+    for scale, members in (("Blues", [v for v in found if v.task != "fw-or-bw"]), ("Oranges", [v for v in found if v.task == "fw-or-bw"])):
+        members = [v for v in members if v not in colours]
+        shades = colormaps[scale](np.linspace(0.45, 1.0, max(len(members), 1)))
+        colours |= {variant: to_hex(shade) for variant, shade in zip(members, shades)}
+    return {variant: colours[variant] for variant in found}
 
 
 def by_group(study: Study, ratios: Ratios) -> dict[Group, Ratios]:
@@ -164,6 +190,40 @@ def label_ends(ax, labels: list[tuple[float, str, str]], gap: float = 0.055) -> 
     for place, (true, text, colour) in zip(places, wanted):
         arrow = " ↑" if true > 1.02 else " ↓" if true < -0.02 else ""
         ax.text(1.015, place, text + arrow, color=colour, fontsize=7.5, va="center", transform=ax.transAxes)
+
+
+def label_points(ax, points: list[tuple[float, float, str, str]], size: float = 7) -> None:
+    """Labels (x, y, text, colour) beside their points, each at the nearest place where it meets no label and no point.
+
+    Without such a place inside the panel, the least crowded one. Call it last: it needs the panel's final limits.
+    """
+    ax.figure.draw_without_rendering()  # the layout moves the panel; what follows is measured in its pixels
+    renderer, frame, per_point = ax.figure.canvas.get_renderer(), ax.get_window_extent(), ax.figure.dpi / 72
+    spots = [ax.transData.transform((x, y)) for x, y, _, _ in points]
+    there = [*ax.texts, *([ax.get_legend()] if ax.get_legend() else [])]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots] + [tuple(thing.get_window_extent(renderer).extents) for thing in there]
+    for (x, y), (*place, text, colour) in zip(spots, points):
+        probe = ax.text(*place, text, fontsize=size)
+        width, height = probe.get_window_extent(renderer).width + 4, probe.get_window_extent(renderer).height
+        probe.remove()
+        options = []
+        for distance, angle in itertools.product((9, 15, 22, 32, 44), np.deg2rad([30, -30, 150, -150, 90, -90, 0, 180])):
+            left = x + math.cos(angle) * (distance + width / 2) - width / 2
+            low = y + math.sin(angle) * (distance + height / 2) - height / 2
+            corners = (left, low, left + width, low + height)
+            inside = frame.x0 <= left and corners[2] <= frame.x1 and frame.y0 <= low and corners[3] <= frame.y1
+            options.append((_crowding(corners, taken) + 1e4 * (not inside) + 0.01 * distance, corners, distance))
+        _, corners, distance = min(options, key=lambda option: option[0])
+        taken.append(corners)
+        offset = ((corners[0] + 2 - x) / per_point, (corners[1] - y) / per_point)
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 3} if distance > 15 else None
+        ax.annotate(text, place, offset, textcoords="offset points", fontsize=size, color=colour, arrowprops=leader)
+
+
+def _crowding(box: tuple[float, ...], taken: list[tuple[float, ...]]) -> float:
+    """The area in pixels that a box (x0, y0, x1, y1) shares with others."""
+    overlaps = ((min(box[2], other[2]) - max(box[0], other[0]), min(box[3], other[3]) - max(box[1], other[1])) for other in taken)
+    return sum(width * height for width, height in overlaps if width > 0 and height > 0)
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:

@@ -2,96 +2,135 @@
 
     python eval_layers.py results/demo                       # every finished run of a study
     python eval_layers.py results/demo/4x128_...             # one run
-    python eval_layers.py results/demo --ablations cut       # only cut from the back
+    python eval_layers.py results/demo --ablations cut drop  # without blocks of layers
+    python eval_layers.py results/demo --windows 32          # quick: 32 windows of the validation split
 
 Writes layers.csv into each run's folder, one row per ablation, from the whole validation split:
-  cut   the last blocks are removed, final norm and head stay; layers_remaining from depth down to 1
-  drop  one block is left out; layer is its index, counted from 0
-In a pre-norm model with one final norm and head, all cuts are states of one pass through the blocks.
+  cut    the last layers are removed, final norm and head stay; layers_remaining from depth down to 1
+  drop   one layer is left out; layer is its index, counted from 0
+  block  n neighbouring layers are left out, n from 2 to depth - 1, layers_remaining is depth - n; layer is the first one's index
+In a pre-norm model with one final norm and head, all cuts are states of one pass through the layers. What runs before
+the layers that are left out is computed once for all ablations, and no combination of layers twice: all of them take
+about depth^3 / 6 layers instead of the whole model's depth, and depth^2 / 2 times its head.
+
+similarity.csv, from the same pass, compares the residual stream x before layer l with x before layer l + n, that is
+around the block of n layers from l on, averaged over all scored positions, not the last one alone:
+  angular_distance  mean arccos(cos(x_l, x_(l+n))) / pi, from 0 to 1 (Gromov et al. 2024, who use a text's last position)
+  block_influence   1 - mean cos(x_l, x_(l+n)); with n = 1 the one of Men et al. 2024 (ShortGPT)
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 import runs
-from data.tokens import DataError, Tokens, find_folder, open_tokens, validation_windows
-from model import GPT, evaluate, load_model
+from data.tokens import Tokens, num_scored, validation_windows
+from model import GPT, evaluate
+from runs import RunError
+from trained import add_run_flags, finished, open_trained
 
-ABLATIONS = ("cut", "drop")
-
-
-def cuts(model: GPT, inputs: Tensor, mask: str) -> Iterator[Tensor]:
-    """Final hidden states (B, T, D) with 1, 2, ... depth blocks: one pass through the blocks."""
-    states = model.states(model.embed(inputs), mask, model.blocks)
-    next(states)  # the embedding alone is no model
-    yield from map(model.norm, states)
+ABLATIONS = ("cut", "drop", "block")
 
 
-def drops(model: GPT, inputs: Tensor, mask: str) -> Iterator[Tensor]:
-    """Final hidden states (B, T, D) with block 0, 1, ... left out. The blocks before it are run once for all."""
-    x = model.embed(inputs)
-    for layer, block in enumerate(model.blocks):
-        yield model.norm(model.run_blocks(x, mask, model.blocks[layer + 1 :]))
-        x = model.run_blocks(x, mask, [block])
+def left_out(ablation: str, depth: int) -> list[tuple[int, int]]:
+    """The layers that each row of an ablation leaves out: (first, stop), without `stop`."""
+    if ablation == "cut":
+        return [(first, depth) for first in range(depth, 0, -1)]  # the article counts down
+    sizes = [1] if ablation == "drop" else range(2, depth)
+    return [(first, first + size) for size in sizes for first in range(depth - size + 1)]
 
 
-def ablate(model: GPT, val: Tokens, ablation: str, bw_mask: str = "anticausal", direction_tokens: bool = True,
-           batch_tokens: int = 2**14) -> list[dict]:  # fmt: skip
-    """The rows of layers.csv for one kind of ablation. The model is not changed."""
+def ablated(model: GPT, inputs: Tensor, mask: str, spans: list[tuple[int, int]], similarity: Similarity | None = None) -> Iterator[Tensor]:
+    """Final hidden states (B, T, D) without the layers of each span. The states before any layer are computed once."""
+    states = list(model.states(model.embed(inputs), mask, model.blocks))
+    if similarity is not None:
+        similarity.add(states)
+    for first, stop in spans:
+        yield model.norm(model.run_blocks(states[first], mask, model.blocks[stop:]))
+
+
+class Similarity:
+    """Sums up how near the residual stream before one layer is to that before another, over positions."""
+
+    CHUNK = 1024  # positions compared at once, in float64: in float32 the angle between equal states is not 0
+
+    def __init__(self) -> None:
+        self.cosine, self.angle, self.positions = 0, 0, 0
+
+    def add(self, states: list[Tensor]) -> None:
+        """states: the residual stream (B, T, D) before the first and after each layer."""
+        for parts in zip(*(state.flatten(0, 1).split(self.CHUNK) for state in states)):
+            unit = F.normalize(torch.stack(parts, 1).double(), dim=-1)  # (positions, depth + 1, D)
+            cosine = (unit @ unit.mT).clamp(-1, 1)
+            self.cosine = self.cosine + cosine.sum(0)  # (depth + 1, depth + 1)
+            self.angle = self.angle + cosine.arccos().sum(0)
+            self.positions += len(unit)
+
+    def rows(self, direction: str) -> list[dict]:
+        """The rows of similarity.csv: every block of n = 1, 2, ... depth layers."""
+        cosine, angle = (self.cosine / self.positions).tolist(), (self.angle / torch.pi / self.positions).tolist()
+        depth = len(cosine) - 1
+        return [{"direction": direction, "layer": layer, "block_size": size, "angular_distance": angle[layer][layer + size],
+                 "block_influence": 1 - cosine[layer][layer + size], "tokens": self.positions}
+                for size in range(1, depth + 1) for layer in range(depth - size + 1)]  # fmt: skip
+
+
+def ablate(model: GPT, val: Tokens, ablations: list[str], bw_mask: str = "anticausal", direction_tokens: bool = True,
+           batch_tokens: int = 2**14, windows: int | None = None, similarities: dict[str, Similarity] | None = None) -> list[dict]:  # fmt: skip
+    """The rows of layers.csv for these ablations; `similarities` of the directions are added to. The model is not changed."""
     depth, length = model.config.depth, model.config.max_seq_len
-    variants = {"cut": cuts, "drop": drops}[ablation]
-    rows = [{"ablation": ablation, "layers_remaining": k + 1 if ablation == "cut" else depth - 1, "layer": None if ablation == "cut" else k}
-            for k in range(depth)]  # fmt: skip
+    table = [(ablation, span) for ablation in ablations for span in left_out(ablation, depth)]
+    spans = list(dict.fromkeys(span for _, span in table))  # leaving out the last layer is also a cut
+    rows = [{"ablation": ablation, "layers_remaining": depth - (stop - first), "layer": None if ablation == "cut" else first,
+             "tokens": num_scored(val) if windows is None else windows * length} for ablation, (first, stop) in table]  # fmt: skip
     for direction, mask in (("fw", "causal"), ("bw", bw_mask)):
-        windows = validation_windows(val, length, max(1, batch_tokens // length))
-        results = evaluate(model, windows, direction, mask, direction_tokens, lambda inputs, mask: variants(model, inputs, mask))
-        for row, result in zip(rows, results):
-            row |= {f"{direction}_{name}": value for name, value in result.items()}
-    return rows[::-1] if ablation == "cut" else rows  # the article counts down
+        similarity = similarities[direction] if similarities else None
+        results = evaluate(model, validation_windows(val, length, max(1, batch_tokens // length), windows), direction, mask, direction_tokens,
+                           lambda inputs, mask: ablated(model, inputs, mask, spans, similarity))  # fmt: skip
+        found = dict(zip(spans, results))
+        for row, (_, span) in zip(rows, table):
+            row |= {f"{direction}_{name}": value for name, value in found[span].items()}
+    return rows
 
 
-def evaluate_run(folder: Path, ablations: list[str], device: str, batch_tokens: int) -> Path:
-    """Writes a finished run's layers.csv, replacing the rows of these ablations; returns its path."""
-    run = runs.read_run(folder)
-    val = open_tokens(find_folder(run["data"]), "val")
-    if val.meta["splits"]["val"]["sha256"] != run.config["data"]["sha256"]["val"]:
-        raise DataError(f"{run['data']} holds other validation tokens than {folder} was trained with: prepare the same text again")
-    model, metadata = load_model(folder / "model.safetensors", device)
-    kept = [row for row in runs.read_rows(folder / "layers.csv", runs.LAYERS_COLUMNS) if row["ablation"] not in ablations]
-    new = [row for ablation in ablations
-           for row in ablate(model, val, ablation, metadata["bw_mask"], metadata["direction_tokens"], batch_tokens)]  # fmt: skip
-    runs.write_table(folder / "layers.csv", kept + new, runs.LAYERS_COLUMNS)
-    return folder / "layers.csv"
+def missing(run: runs.Run, ablations: list[str], windows: int | None = None) -> list[str]:
+    """The ablations that the run's tables lack; all of them if similarity.csv is not there."""
+    if not (run.folder / runs.table_name("similarity", windows=windows)).exists():
+        return ablations
+    found = runs.read_table(run.folder / runs.table_name("layers", windows=windows), runs.LAYERS_COLUMNS[:-1]).ablation
+    return [ablation for ablation in ablations if (found == ablation).sum() < len(left_out(ablation, run["depth"]))]
+
+
+def evaluate_run(run: runs.Run, ablations: list[str], device: str, batch_tokens: int, windows: int | None = None) -> str:
+    """Writes a finished run's tables, replacing the rows of these ablations; returns the path of layers.csv."""
+    layers, similarity = (run.folder / runs.table_name(table, windows=windows) for table in ("layers", "similarity"))
+    trained, similarities = open_trained(run, device), {"fw": Similarity(), "bw": Similarity()}
+    new = ablate(trained.model, trained.val, ablations, trained.bw_mask, trained.direction_tokens, batch_tokens, windows, similarities)
+    kept = [row for row in runs.read_rows(layers, runs.LAYERS_COLUMNS[:-1]) if row["ablation"] not in ablations]
+    runs.write_table(layers, kept + new, runs.LAYERS_COLUMNS)
+    runs.write_table(similarity, [row for direction, found in similarities.items() for row in found.rows(direction)], runs.SIMILARITY_COLUMNS)
+    return str(layers)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, help="runs, or studies (folders of runs)")
+    add_run_flags(parser)
     parser.add_argument("--ablations", nargs="+", choices=ABLATIONS, default=list(ABLATIONS))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--batch_tokens", type=int, default=2**14, help="validation tokens computed at once; lower it for a small card")
-    parser.add_argument("--again", action="store_true", help="also runs whose layers.csv is complete")
     args = parser.parse_args(argv)
-    if args.batch_tokens < 1:
-        parser.error(f"--batch_tokens must be at least 1, got {args.batch_tokens}")
     try:
-        found = [run for folder in args.folders
-                 for run in ([runs.read_run(folder)] if (folder / "config.json").exists() else runs.read_study(folder))]  # fmt: skip
-        for run in tqdm(found, unit="run", leave=False):
-            if run.finished is None:
-                tqdm.write(f"{run.folder}: unfinished, left out (continue it with the same python train.py command)")
-            elif set(args.ablations) <= set(run.layers.ablation) and not args.again:
-                tqdm.write(f"{run.folder}: done before (--again measures once more)")
+        for run in tqdm(finished(args.folders, tqdm.write), unit="run", leave=False):
+            wanted = args.ablations if args.again else missing(run, args.ablations, args.windows)
+            if wanted:
+                tqdm.write(evaluate_run(run, wanted, args.device, args.batch_tokens, args.windows))
             else:
-                tqdm.write(f"{evaluate_run(run.folder, args.ablations, args.device, args.batch_tokens)}")
-    except (runs.RunError, ValueError, OSError) as error:
+                tqdm.write(f"{run.folder}: done before (--again measures once more)")
+    except (RunError, ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
 
 

@@ -2,6 +2,7 @@
 
     python merge.py results/demo/4x128_pbw0_seed100_... results/demo/4x128_pbw0.05_seed100_...
     python merge.py RUN_A RUN_B --points 21 --device cpu
+    python merge.py results/demo --p_bw 0 0.05       # every pair of its runs that differ in nothing else
 
 Writes merge.csv into the study of RUN_A: one row per point, weight 0 is RUN_A and 1 is RUN_B; rows of the same two runs
 are replaced. Runs of one seed share their initial weights, without which there is little reason for a line to stay low.
@@ -10,6 +11,7 @@ are replaced. Runs of one seed share their initial weights, without which there 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,11 +19,10 @@ import torch
 from tqdm import tqdm
 
 import runs
-from data.tokens import Tokens, find_folder, open_tokens, validation_windows
-from model import GPT, evaluate, load_model
+from model import GPT, evaluate
+from recipe import OPERATIONAL
 from runs import RunError
-
-COLUMNS = ("run_a", "run_b", "weight", "fw_loss", "fw_acc", "fw_ppl", "bw_loss", "bw_acc", "bw_ppl")
+from trained import Trained, add_flags, finished, open_trained
 
 
 def line(a: GPT, b: GPT, points: int) -> Iterator[tuple[float, GPT]]:
@@ -34,53 +35,61 @@ def line(a: GPT, b: GPT, points: int) -> Iterator[tuple[float, GPT]]:
         yield weight, merged
 
 
-def measure(a: GPT, b: GPT, val: Tokens, points: int, bw_mask: str, direction_tokens: bool, batch_tokens: int = 2**14) -> list[dict]:
+def measure(a: Trained, b: Trained, points: int, batch_tokens: int = 2**14) -> list[dict]:
     """Loss, accuracy and perplexity along the line, in both directions, on the whole validation split."""
-    length, rows = a.config.max_seq_len, []
-    for weight, model in tqdm(line(a, b, points), total=points, unit="point", leave=False):
+    rows = []
+    for weight, model in tqdm(line(a.model, b.model, points), total=points, unit="point", leave=False):
         rows.append({"weight": weight})
-        for direction, mask in (("fw", "causal"), ("bw", bw_mask)):
-            (result,) = evaluate(model, validation_windows(val, length, max(1, batch_tokens // length)), direction, mask, direction_tokens)
+        for direction, mask in a.tasks:
+            (result,) = evaluate(model, a.windows(batch_tokens), direction, mask, a.direction_tokens)
             rows[-1] |= {f"{direction}_{name}": value for name, value in result.items()}
     return rows
 
 
 def merge(folder_a: Path, folder_b: Path, points: int, device: str, batch_tokens: int) -> Path:
     """Writes the rows of two finished runs into merge.csv; returns its path. RunError if they cannot be merged."""
-    found = [runs.read_run(folder) for folder in (folder_a, folder_b)]
-    for run in found:
-        if run.finished is None:
-            raise RunError(f"{run.folder} is unfinished: continue it with the same python train.py command")
-    (a, about), (b, about_b) = (load_model(run.folder / "model.safetensors", device) for run in found)
-    hashes = [run.config["data"]["sha256"] for run in found]
-    if (a.config, about, hashes[0]) != (b.config, about_b, hashes[1]):
+    a, b = (open_trained(runs.read_run(folder), device) for folder in (folder_a, folder_b))
+    alike = [(end.model.config, end.bw_mask, end.direction_tokens, end.run.config["data"]["sha256"]) for end in (a, b)]
+    if alike[0] != alike[1]:
         raise RunError(f"{folder_a} and {folder_b} differ in size, tokens, bw_mask or direction tokens: such weights cannot be merged")
-    name = found[0]["data"]
-    val = open_tokens(find_folder(name), "val")
-    if val.meta["splits"]["val"]["sha256"] != hashes[0]["val"]:
-        raise RunError(f"{name} holds other validation tokens than {folder_a} was trained with: prepare the same text again")
-    names = {"run_a": found[0].name, "run_b": found[1].name}
-    path = folder_a.parent / "merge.csv"
-    kept = [row for row in runs.read_rows(path, COLUMNS) if (row["run_a"], row["run_b"]) != tuple(names.values())]
-    new = [names | row for row in measure(a, b, val, points, about["bw_mask"], about["direction_tokens"], batch_tokens)]
-    runs.write_table(path, kept + new, COLUMNS)
+    names = {"run_a": a.run.name, "run_b": b.run.name}
+    path = a.run.folder.parent / "merge.csv"
+    kept = [row for row in runs.read_rows(path, runs.MERGE_COLUMNS) if (row["run_a"], row["run_b"]) != tuple(names.values())]
+    runs.write_table(path, kept + [names | row for row in measure(a, b, points, batch_tokens)], runs.MERGE_COLUMNS)
     return path
+
+
+def pairs(study: Path, p_bw: tuple[float, float]) -> list[tuple[Path, Path]]:
+    """The folders of finished runs that differ in p_bw alone, from the first of its values to the second."""
+    alike: dict[str, dict[float, Path]] = {}
+    for run in finished([study]):
+        if run["task"] == "fw+bw" and run["p_bw"] in p_bw:
+            others = {name: value for name, value in run.settings.items() if name not in (*OPERATIONAL, "p_bw")}
+            alike.setdefault(json.dumps(others, sort_keys=True), {})[run["p_bw"]] = run.folder
+    return [(found[p_bw[0]], found[p_bw[1]]) for found in alike.values() if len(found) == 2]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_a", type=Path)
-    parser.add_argument("run_b", type=Path)
+    parser.add_argument("folders", nargs="+", type=Path, help="two runs, or a study")
+    parser.add_argument("--p_bw", nargs=2, type=float, default=(0, 0.05), metavar=("A", "B"), help="of a study's pairs [default 0 0.05]")
     parser.add_argument("--points", type=int, default=11, help="models on the line, both ends included [at least 2; default 11]")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--batch_tokens", type=int, default=2**14, help="validation tokens computed at once; lower it for a small card")
+    add_flags(parser)
     args = parser.parse_args(argv)
-    if args.points < 2 or args.batch_tokens < 1:
-        parser.error("--points must be at least 2 and --batch_tokens at least 1")
+    if args.points < 2:
+        parser.error("--points must be at least 2")
     try:
-        path = merge(args.run_a, args.run_b, args.points, args.device, args.batch_tokens)
-        for row in runs.read_table(path, COLUMNS).tail(args.points).itertuples():
-            print(f"{row.weight:6.2f}   fw {row.fw_loss:.4f}   bw {row.bw_loss:.4f}")
+        if len(args.folders) == 2:
+            chosen = [tuple(args.folders)]
+        elif len(args.folders) > 2 or (args.folders[0] / "config.json").exists():
+            parser.error("name two runs, or one study")
+        elif not (chosen := pairs(args.folders[0], tuple(args.p_bw))):
+            raise RunError("{} has no two finished runs that differ in p_bw = {:g} and {:g} alone".format(args.folders[0], *args.p_bw))
+        for pair in chosen:
+            path = merge(*pair, args.points, args.device, args.batch_tokens)
+            print(f"{pair[0].name} to {pair[1].name}")
+            for row in runs.read_table(path, runs.MERGE_COLUMNS).tail(args.points).itertuples():
+                print(f"{row.weight:6.2f}   fw {row.fw_loss:.4f}   bw {row.bw_loss:.4f}")
         print(path)
     except (RunError, ValueError, OSError) as error:
         raise SystemExit(str(error)) from None

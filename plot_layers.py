@@ -1,6 +1,7 @@
-"""The figures over layers, from layers.csv: ratios on cut models, losses over layers remaining, single blocks dropped.
+"""The figures over layers, from layers.csv: ratios and losses on cut models, and with single layers left out.
 
     python plot_results.py results/demo --figure layers_ratio1 layers_ratio2 layers_cut layers_drop
+    python plot_results.py results/demo --figure layers_drop_ratio1 layers_drop_ratio2
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from compare import ORDERS, Cell, Study, ablation, cut_ratio, final, with_cuts, with_layers
+from compare import ORDERS, Cell, Study, Term, ablation, average, final, with_layers
 from drawing import (
     METRIC_LABELS, UNITS, Options, by_group, coloured_cells, label_ends, meaning, new_figure, pick, plain_log_axis,
     runs_of, save, variant_colours,
 )  # fmt: skip
 from report import describe, short
+
+PLACES = {"cut": "layers remaining (removed from the back)", "drop": "layer left out (0: first)"}
 
 
 def layers_ratio1(study: Study, options: Options = Options()) -> list[Path]:
@@ -27,13 +30,29 @@ def layers_ratio2(study: Study, options: Options = Options()) -> list[Path]:
     return _layer_bars(study, options, "ratio2", options.metric or "loss")
 
 
-def _layer_bars(study: Study, options: Options, ratio: str, metric: str) -> list[Path]:
+def layers_drop_ratio1(study: Study, options: Options = Options()) -> list[Path]:
+    """Ratio 1 (loss) with one layer left out of both models, a row of coloured cells per size, in both averaging orders."""
+    return _layer_bars(study, options, "ratio1", options.metric or "loss", "drop")
+
+
+def layers_drop_ratio2(study: Study, options: Options = Options()) -> list[Path]:
+    """Ratio 2 (loss) with one layer left out, a row of coloured cells per size, in both averaging orders."""
+    return _layer_bars(study, options, "ratio2", options.metric or "loss", "drop")
+
+
+def layer_ratios(terms: list[Term], order: str, kind: str) -> np.ndarray:
+    """The ratio over layers remaining, or over the layer left out: (depth,), of terms whose runs have all rows."""
+    tops = np.array([ablation(term.top, kind)[term.top_column] for term in terms])  # (seeds, depth)
+    return average(tops, np.array([ablation(term.bottom, kind)[term.bottom_column] for term in terms]), order)
+
+
+def _layer_bars(study: Study, options: Options, ratio: str, metric: str, kind: str = "cut") -> list[Path]:
     paths, orders = [], [options.order] if options.order else ORDERS
     variant, ratios = pick(study, options, ratio, metric)
     for group, cells in by_group(study, ratios).items():
-        found = {order: {cell: cut_ratio(study, terms, order) for cell, terms in cells.items()} for order in orders}
-        if all(series.empty for series in found[orders[0]].values()):
-            study.note(f"{ratio} over layers remaining: no pair has all cuts (python eval_layers.py {study.folder})")
+        complete = {cell: [term for term in terms if len(with_layers(study, (term.top, term.bottom), kind)) == 2] for cell, terms in cells.items()}
+        if not any(complete.values()):
+            study.note(f'layers_{ratio}: no pair has all "{kind}" rows (python eval_layers.py {study.folder})')
             continue
         sizes = [cell for cell in study.cells if cell.group == group]
         most = max(cell.depth for cell in sizes)
@@ -43,23 +62,23 @@ def _layer_bars(study: Study, options: Options, ratio: str, metric: str) -> list
         for ax, order in zip(axes[:, 0], orders):
             table = np.full((len(sizes), most), np.nan)
             for row, cell in enumerate(sizes):
-                series = found[order].get(cell, ())
-                table[row, : len(series)] = series
+                if terms := complete.get(cell):
+                    table[row, : cell.depth] = layer_ratios(terms, order, kind)
             tables.append(table)
             absent.append(np.isnan(table) & (np.arange(most) < np.array([[cell.depth] for cell in sizes])))
-            ax.set_xticks(range(most), range(1, most + 1))
+            ax.set_xticks(range(most), range(1, most + 1) if kind == "cut" else range(most))
             ax.set_yticks(range(len(sizes)), [f"{cell.label} ({short(cell.params)})" for cell in sizes])
             ax.set_title(order, fontsize=9, loc="left")
             ax.tick_params(length=0)
-        axes[-1, 0].set_xlabel("layers remaining (blocks removed from the back)", fontsize=8)
+        axes[-1, 0].set_xlabel(PLACES[kind], fontsize=8)
         coloured_cells(figure, axes[:, 0], tables, absent, 6.5)
         caption = f"{meaning(ratio, metric, variant.label)} Rows: depth x width (parameters). "
-        caption += describe(runs_of({cell: with_cuts(study, terms) for cell, terms in cells.items()})) + "."
+        caption += describe(runs_of(complete)) + "."
         gaps = [cell.label for cell, row in zip(sizes, absent[0]) if row.any()]
         caption += f" Hatched, not measured: {', '.join(gaps)}." if gaps else ""
-        title = f"{ratio[:5].title()} {ratio[5:]} of {METRIC_LABELS[metric]} over layers remaining"
-        title += f", {study.heading(group)}"
-        name = f"layers_{ratio}_{metric}" + options.tag("order", "p_bw", "task")
+        what = "over layers remaining" if kind == "cut" else "with one layer left out"
+        title = f"{ratio[:5].title()} {ratio[5:]} of {METRIC_LABELS[metric]} {what}, {study.heading(group)}"
+        name = f"layers_{'drop_' if kind == 'drop' else ''}{ratio}_{metric}" + options.tag("order", "p_bw", "task")
         paths.append(save(study, figure, group, name, title, caption))
     return paths
 
@@ -124,6 +143,6 @@ def _layer_panel(ax, cell: Cell, by: dict, kind: str, metric: str, log: bool, co
         plain_log_axis(ax.yaxis)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_title(f"{cell.label} ({short(cell.params)})", fontsize=9, loc="left")
-    ax.set_xlabel("layers remaining" if kind == "cut" else "block left out (0: first)", fontsize=8)
+    ax.set_xlabel(PLACES[kind], fontsize=8)
     ax.set_ylabel(UNITS[metric] if kind == "cut" else f"increase of {UNITS[metric]}", fontsize=8)
     label_ends(ax, labels, 0.075)

@@ -1,11 +1,12 @@
-"""Every figure of a study, from its result tables alone (no torch). Numbers: compare.py; words: report.py;
-drawing: drawing.py, plot_layers.py.
+"""Every figure of a study, from its result tables alone (no torch). Numbers: compare.py; words: report.py; drawing:
+drawing.py; figures by size in plot_sizes.py, of p_bw and repeated text in plot_tradeoff.py, over layers in plot_layers.py.
 
     python plot_results.py                                # every study under results/
     python plot_results.py results/demo                   # everything its tables allow -> results/demo/figures/*.png
-    python plot_results.py results/demo --figure curves ratio1_violins --metric ppl --x tokens_total
+    python plot_results.py results/demo --figure curves ratio1_by_size --metric ppl --x tokens_total
+    python plot_results.py results/demo --budget fw_tokens         # compare at equal forward tokens; also steps, seconds
     python plot_results.py results/demo --epochs 1 5 --order ratio_then_mean --seeds 100 101 --smooth 25
-    python plot_results.py results/demo --report          # README-ready tables on stdout instead of figures
+    python plot_results.py results/demo --report          # verdicts and tables into results/demo/README.md, no figures
 
 A new figure: write a function (study, options) -> list of paths, and name it in FIGURES. What is missing or unfinished
 is left out and named, never guessed.
@@ -20,20 +21,22 @@ from typing import Callable, Sequence
 
 import numpy as np
 
-from compare import (
-    FW_ONLY, METRICS, ORDERS, Ratios, Study, StudyError, average, choose, common_grid, final_ratio, final_values, load,
-    on_grid, ratio_curve, reaches, trajectory,
-)  # fmt: skip
+from cells import BUDGETS, FW_ONLY, Study, StudyError, choose, load
+from compare import METRICS, ORDERS, average, common_grid, on_grid, ratio_curve, trajectory
 from drawing import (
-    COLOURS, DASHES, METRIC_LABELS, UNITS, X_LABELS, Options, by_group, coloured_cells, label_ends, meaning, new_figure,
-    pick, plain_log_axis, runs_of, save, smoothed, variant_colours,
+    COLOURS, DASHES, METRIC_LABELS, UNITS, X_LABELS, Options, by_group, label_ends, meaning, new_figure, pick,
+    plain_log_axis, runs_of, save, smoothed, variant_colours,
 )  # fmt: skip
-from plot_layers import layers_cut, layers_drop, layers_ratio1, layers_ratio2
-from report import describe, floor_of, markdown, short, summary
+from plot_blocks import blocks_angle, blocks_drop, blocks_influence
+from plot_context import context
+from plot_layers import layers_cut, layers_drop, layers_drop_ratio1, layers_drop_ratio2, layers_ratio1, layers_ratio2
+from plot_merge import merge
+from plot_sizes import ratio1_by_size, ratio1_heatmap, ratio2_by_size
+from plot_tradeoff import pareto, repeats
+from report import describe, floor_of, short, summary
 from runs import RunError
-
-# Windows of epochs for the violins, each drawn if a study's runs reach it.
-WINDOWS = ((0.0, 10.0), (0.0, 1.0), (5.0, 10.0))
+from stats import paired_interval
+from study_readme import write as write_readme
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures over training
@@ -121,6 +124,9 @@ def ratio1_training(study: Study, options: Options = Options()) -> list[Path]:
             for seed in (top / bottom if options.all_seeds else []):
                 ax.plot(grid, smoothed(seed, options.smooth), color=colour, linestyle=dash, linewidth=0.6, alpha=0.5)
             ax.plot(grid, line, color=colour, linestyle=dash, linewidth=1.8)
+            if len(cells) <= 3 and len(terms) > 1:  # more bands than that hide each other
+                _, low, high = paired_interval(np.log(top / bottom).T)
+                ax.fill_between(grid, smoothed(low, options.smooth), smoothed(high, options.smooth), color=colour, alpha=0.12, linewidth=0)
             labels.append((line[-1], f"{cell.label} (n = {len(terms)}): {line[-1]:.3f}", colour))
         if not labels:
             continue
@@ -131,6 +137,7 @@ def ratio1_training(study: Study, options: Options = Options()) -> list[Path]:
         ax.set_ylabel(f"ratio 1 of fw {METRIC_LABELS[metric]}", fontsize=8)
         label_ends(ax, labels, 0.042)
         caption = f"{meaning('ratio1', metric, variant.label)} Colour: width; dashes: depth. Order {order}; "
+        caption += "band: 95 % t-interval over seeds; " * (len(cells) <= 3)
         caption += f"moving average over {options.smooth} of 500 points. " if options.smooth > 1 else "not smoothed. "
         tag = options.tag("metric", "x", "epochs", "order", "smooth", "log", "all_seeds", "p_bw", "task")
         title = f"Ratio 1 over training, {study.heading(group)}"
@@ -145,7 +152,7 @@ def leak(study: Study, options: Options = Options()) -> list[Path]:
     variant = choose(study, options.p_bw, options.task)
     flipped = {cell: by[variant] for cell, by in study.cells.items() if cell.group.bw_mask == "flipped" and variant in by}
     for cell, leaking in flipped.items():
-        right = study.cells.get(cell._replace(group=cell.group._replace(bw_mask="anticausal")), {}).get(variant)
+        right = study.cells.get(cell.with_mask("anticausal"), {}).get(variant)
         if not right:
             study.note(f"leak: {study.name(cell)} has no runs with the right mask to compare with")
             continue
@@ -178,126 +185,9 @@ def leak(study: Study, options: Options = Options()) -> list[Path]:
         caption += "a lower loss means that targets were seen. " if floor else "Ratio 2 clearly above 1 means that targets were seen. "
         caption += "Thin: each seed; thick: mean. " + describe([*right.values(), *leaking.values()]) + "."
         title = f"The published backward mask sees its targets: {cell.label} on {cell.group.data}, {variant.label}"
-        paths.append(save(study, figure, cell.group._replace(bw_mask="anticausal"), f"leak_{cell.depth}x{cell.width}" + options.tag("x", "p_bw", "task"), title, caption))
+        name = f"leak_{cell.depth}x{cell.width}" + options.tag("x", "p_bw", "task")
+        paths.append(save(study, figure, cell.with_mask("anticausal").group, name, title, caption))
     return paths
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ratios by size: heat maps and violins
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def ratio1_heatmap(study: Study, options: Options = Options()) -> list[Path]:
-    """Depth x width heat maps of ratio 1, fw and bw, at the last evaluation (or averaged over --epochs FROM TO)."""
-    metric, order, paths = options.metric or "loss", options.order or ORDERS[0], []
-    variant, _ = pick(study, options, "ratio1", metric)
-    both = [by_group(study, pick(study, options, "ratio1", metric, direction)[1]) for direction in ("fw", "bw")]
-    for group, cells in both[0].items():
-        sizes = [cell for cell in study.cells if cell.group == group]
-        depths, widths = sorted({cell.depth for cell in sizes}), sorted({cell.width for cell in sizes})
-        figure, axes = new_figure(1, 2, (2.2 + 2.1 * max(len(widths), 1.6), 1.4 + 0.75 * max(len(depths), 1.6)))
-        tables = []
-        for ax, ratios, direction in zip(axes[0], both, ("fw", "bw")):
-            table = np.full((len(depths), len(widths)), np.nan)
-            for cell, terms in ratios.get(group, {}).items():
-                value = final_ratio(terms, order)
-                if options.epochs:
-                    _, top, bottom = ratio_curve(terms, "epoch", options.epochs)
-                    value = average(top, bottom, order).mean() if top.size else np.nan
-                table[depths.index(cell.depth), widths.index(cell.width)] = value
-            tables.append(table)
-            ax.set_xticks(range(len(widths)), widths)
-            ax.set_yticks(range(len(depths)), depths)
-            ax.set_xlabel("width", fontsize=8)
-            ax.set_ylabel("depth", fontsize=8)
-            ax.set_title("fw" if direction == "fw" else "bw (p_bw = 0 never learnt it)", fontsize=9)
-            coloured_cells(figure, [ax], [table], [np.isnan(table)], 9)  # a scale each: bw ratios are much larger
-            for row, column in np.argwhere(np.isnan(table)):
-                ax.text(column, row, "no pair", ha="center", va="center", fontsize=8, backgroundcolor="w")
-        missing = [f"{depths[row]} x {widths[column]}" for row, column in np.argwhere(np.isnan(tables[0]))]
-        if missing:
-            study.note(f"ratio 1 heat map ({study.heading(group)}): no pair for {', '.join(missing)}")
-        when = "Mean over epochs {:g} to {:g}".format(*options.epochs) if options.epochs else "Last evaluations"
-        caption = f"{meaning('ratio1', metric, variant.label)} {when}, order {order}. " + describe(runs_of(cells)) + "."
-        caption += f" Hatched, no pair: {', '.join(missing)}." if missing else ""
-        title = f"Ratio 1 of {METRIC_LABELS[metric]} by depth and width, {study.heading(group)}"
-        name = "ratio1_heatmap" + options.tag("metric", "epochs", "order", "p_bw", "task")
-        paths.append(save(study, figure, group, name, title, caption))
-    return paths
-
-
-def ratio1_violins(study: Study, options: Options = Options()) -> list[Path]:
-    """Violins of ratio 1 by depth, width and parameters; see `_violins`."""
-    return _violins(study, options, "ratio1")
-
-
-def ratio2_violins(study: Study, options: Options = Options()) -> list[Path]:
-    """Violins of ratio 2 by depth, width and parameters; see `_violins`."""
-    return _violins(study, options, "ratio2")
-
-
-def violin_values(cells: Ratios, by: str, window, order: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """{depth, width or params: (500 points in the window for each of its cells, every seed's final ratio)}."""
-    values: dict[int, tuple[list, list]] = {}
-    for cell, terms in cells.items():
-        grid, top, bottom = ratio_curve(terms, "epoch", window)
-        if len(grid):
-            points, finals = values.setdefault(getattr(cell, by), ([], []))
-            points.append(average(top, bottom, order))
-            finals.append(np.divide(*final_values(terms)))
-    return {value: tuple(map(np.concatenate, both)) for value, both in sorted(values.items())}
-
-
-def _violins(study: Study, options: Options, ratio: str) -> list[Path]:
-    """One figure per window of epochs that runs reach (else: their whole range). Each cell (size) gives 500 points of
-    its seed-averaged ratio, interpolated inside the window; the dots are every seed's final value."""
-    metric, order, paths = options.metric or "loss", options.order or ORDERS[0], []
-    variant, ratios = pick(study, options, ratio, metric)
-    for group, cells in by_group(study, ratios).items():
-        reached = [window for window in WINDOWS if any(reaches(terms, window) for terms in cells.values())]
-        for window in [options.epochs] if options.epochs else reached or [None]:
-            inside = {cell: terms for cell, terms in cells.items() if window is None or reaches(terms, window)}
-            span = "all epochs" if window is None else f"epochs {window[0]:g} to {window[1]:g}"
-            for cell in set(cells) - set(inside):
-                study.note(f"{ratio} violins, {span}: {study.name(cell)} does not reach them")
-            panels = {by: violin_values(inside, by, window, order) for by in ("depth", "width", "params")}
-            if not panels["params"]:
-                study.note(f"{ratio} violins, {span}: no two evaluations to interpolate between")
-                continue
-            panels = {by: values for by, values in panels.items() if by == "params" or len(values) > 1}
-            width = max(4.5, 1.2 + 0.62 * len(panels["params"]))
-            figure, axes = new_figure(len(panels), 1, (width, 0.6 + 2.9 * len(panels)))
-            for ax, (by, values) in zip(axes[:, 0], panels.items()):
-                _violin_panel(ax, values, by)
-                ax.set_ylabel(f"{ratio[:5]} {ratio[5:]} of {METRIC_LABELS[metric]}", fontsize=8)
-            caption = f"{meaning(ratio, metric, variant.label)} Violins: 500 points per size, {span}, order {order}; "
-            caption += "bar and number: their median; dots: the final value of every seed. Points of one run are not "
-            caption += "independent: a violin's extent is change during training, not uncertainty. "
-            caption += describe(runs_of(inside)) + "."
-            name = f"{ratio}_violins" + ("" if window is None else f"_epochs_{window[0]:g}-{window[1]:g}")
-            name += options.tag("metric", "order", "p_bw", "task")
-            title = f"{ratio[:5].title()} {ratio[5:]} of {METRIC_LABELS[metric]}, {span}, {study.heading(group)}"
-            paths.append(save(study, figure, group, name, title, caption))
-    return paths
-
-
-def _violin_panel(ax, values: dict[float, tuple[np.ndarray, np.ndarray]], by: str) -> None:
-    places = np.arange(len(values))
-    parts = ax.violinplot([points for points, _ in values.values()], places, widths=0.8, showextrema=False)
-    for body in parts["bodies"]:
-        body.set(facecolor="#56B4E9", edgecolor="#0072B2", alpha=0.55)
-    ax.axhline(1, color="0.5", linewidth=1)
-    for place, (points, finals) in zip(places, values.values()):
-        median = np.median(points)
-        ax.plot([place - 0.22, place + 0.22], [median, median], color="k", linewidth=2)
-        dots = {"markersize": 4, "markeredgecolor": "w", "markeredgewidth": 0.4}
-        ax.plot(np.full(len(finals), place), finals, "o", color="#D55E00", **dots)
-        ax.annotate(f"{median:.3f}", (place, 0.015), xycoords=("data", "axes fraction"), ha="center", fontsize=7)
-    ax.margins(y=0.12)
-    ax.set_xlim(-0.6, len(values) - 0.4)
-    ax.set_xticks(places, [short(value) if by == "params" else f"{value}" for value in values])
-    ax.tick_params(axis="x", rotation=45 if by == "params" and len(values) > 4 else 0)
-    ax.set_xlabel("parameters" if by == "params" else by, fontsize=8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,8 +197,9 @@ def _violin_panel(ax, values: dict[float, tuple[np.ndarray, np.ndarray]], by: st
 FIGURES: dict[str, Callable[[Study, Options], list[Path]]] = {
     function.__name__: function
     for function in (
-        curves, leak, ratio1_training, ratio1_heatmap, ratio1_violins, ratio2_violins,
-        layers_ratio1, layers_ratio2, layers_cut, layers_drop,
+        curves, leak, pareto, ratio1_training, ratio1_heatmap, ratio1_by_size, ratio2_by_size, repeats,
+        layers_ratio1, layers_ratio2, layers_cut, layers_drop, layers_drop_ratio1, layers_drop_ratio2,
+        blocks_drop, blocks_angle, blocks_influence, context, merge,
     )
 }  # fmt: skip
 
@@ -319,7 +210,8 @@ def parser() -> argparse.ArgumentParser:
     names = list(FIGURES)
     p.add_argument("--figure", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {', '.join(names)}")
     p.add_argument("--metric", choices=METRICS, help="default: loss (perplexity for layers_ratio1)")
-    p.add_argument("--x", choices=X_LABELS, default="epoch", help="x axis of figures over training (default: epoch)")
+    p.add_argument("--budget", choices=BUDGETS, default="tokens", help="what compared runs have spent alike (default: tokens of both directions)")
+    p.add_argument("--x", choices=X_LABELS, help="x axis of figures over training (default: epoch, or the budget's)")
     p.add_argument("--epochs", nargs=2, type=float, metavar=("FROM", "TO"), help="only this window of epochs")
     p.add_argument("--order", choices=ORDERS, help="averaging over seeds (default: mean_then_ratio; both over layers)")
     p.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
@@ -328,7 +220,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--all_seeds", action="store_true", help="ratio1_training: each seed as a thin line, too")
     p.add_argument("--p_bw", type=float, help="which p_bw to hold against 0 (default: 0.05, or the only one)")
     p.add_argument("--task", default="fw+bw", choices=("fw+bw", "fw-or-bw", "adaptive"), help="if p_bw does not tell")
-    p.add_argument("--report", action="store_true", help="print README-ready tables instead of drawing")
+    p.add_argument("--report", action="store_true", help="write the study's README.md from its tables instead of drawing")
     return p
 
 
@@ -356,13 +248,14 @@ def main(argv: list[str] | None = None) -> list[Path]:
     if not folders:
         raise SystemExit("results/ holds no study: train one with python train.py, or name a folder")
     chosen = {option.name: getattr(args, option.name) for option in fields(Options)}
+    chosen["x"] = args.x or Options(budget=args.budget).axis
     options = Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()})
     paths = []
     try:
         for folder in folders:
-            study = load(folder, options.seeds)
+            study = load(folder, options.seeds, options.budget)
             if args.report:
-                print(markdown(study))
+                print(write_readme(study, choose(study, options.p_bw, options.task)))
             else:
                 paths += draw(study, args.figure, options)
                 print(f"\n{summary(study)}")

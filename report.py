@@ -1,9 +1,9 @@
-"""A study in words: the caption under a figure, the summary `make demo` ends with, the tables for a README.
+"""A study in words: the caption under a figure, the summary `make demo` ends with.
 
     >>> print(summary("results/demo"))
-    >>> print(markdown(load("results/demo")))             # python plot_results.py results/demo --report
 
-Numbers come from compare.py; the last evaluation of each run counts. No torch, no matplotlib.
+Numbers come from compare.py. Losses are those of each run's last evaluation; ratios are taken where the shorter run of a
+pair ends. No torch, no matplotlib.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from typing import Iterable
 
 import numpy as np
 
-from compare import (
-    BW_ONLY, FW_ONLY, Study, final, load, log_ratios, mean_interval, paired_interval, ratio1, ratio2,
-    ratio2_separate, variant_of, variants,
-)  # fmt: skip
+from cells import BW_ONLY, FW_ONLY, Cell, Study, Variant, load, variant_of
+from compare import Term, bootstrap, bw_against_bw_only, corrected, final, log_ratios, ratio1, ratio2
 from runs import Run
+from stats import mean_interval, paired_interval
 
 
 def short(number: float) -> str:
@@ -51,7 +50,8 @@ def describe(runs: Iterable[Run]) -> str:
     """One line on what was trained: data, p_bw, seeds, optimiser steps, tokens per step; for captions."""
     runs = list({run.folder: run for run in runs}.values())
     seeds = sorted({run["seed"] for run in runs})
-    numbers = Counter((run["depth"], run["width"], run["bw_mask"], variant_of(run)) for run in runs).values()
+    alike = ("depth", "width", "bw_mask", "unique_tokens", "dropout")
+    numbers = Counter((*(run.settings.get(name) for name in alike), variant_of(run)) for run in runs).values()
     means, peaks = zip(*(tokens_per_step(run) for run in runs))
     parts = [
         "Data " + ", ".join(sorted({run.config["data"]["name"] for run in runs})),
@@ -75,14 +75,28 @@ def floor_of(runs: Iterable[Run]) -> tuple[float, float] | None:
     return None if data.get("floor") is None else (data["floor"], data.get("floor_se") or 0.0)
 
 
-def _plus_minus(values: np.ndarray, digits: int = 4) -> str:
+def plus_minus(values: np.ndarray, digits: int = 4) -> str:
     mean, half = mean_interval(values)
     return f"{mean:.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
 
 
-def _interval(logs: np.ndarray, digits: int = 4) -> str:
+def interval(logs: np.ndarray, digits: int = 4) -> str:
     ratio, low, high = paired_interval(logs)
     return f"{ratio:.{digits}f}" + ("" if np.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]")
+
+
+def p_value(p: float, sizes: int) -> str:
+    """A p-value against a ratio of 1; with several sizes, Holm's correction over them was applied."""
+    if np.isnan(p):
+        return ""
+    return ("p < 0.001" if p < 0.001 else f"p = {p:.2g}") + (f" (Holm, {sizes} sizes)" if sizes > 1 else "")
+
+
+def documents(terms: list[Term], digits: int = 3) -> str:
+    """The intervals of single pairs over validation documents, "" where no pair has both tables."""
+    found = [(term.seed, bootstrap(term)) for term in terms]
+    return ", ".join(f"seed {seed} {ratio:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+                     for seed, (ratio, low, high) in ((seed, values) for seed, values in found if values))  # fmt: skip
 
 
 def alarms(study: Study) -> list[str]:
@@ -119,51 +133,27 @@ def summary(study: Study | str | Path) -> str:
         if floor := floor_of(runs):
             lines += [f"    {'entropy floor':<22}{floor[0]:>9.3f}{floor[0]:>9.3f}    (no model can get below it)"]
         lines += [""]
-        for variant in variants(study):
-            if variant in (FW_ONLY, BW_ONLY):
-                continue
-            for name, terms, meaning in (
-                ("ratio 1", ratio1(study, variant), f"fw loss, p_bw = 0 / {variant.label} (above 1: bw helped fw)"),
-                ("ratio 2", ratio2(study, variant), f"fw loss / bw loss, {variant.label}"),
-            ):
-                if cell in terms:
-                    lines += [f"    {name} {_interval(log_ratios(terms[cell]), 3)}    {meaning}"]
+        for variant in by:
+            lines += _ratio_lines(study, cell, variant)
         lines += ["    [ ]: 95 % t-interval over seeds, paired", ""]
     lines += [f"ALARM: {alarm}" for alarm in alarms(study)]
     lines += [f"left out: {note}" for note in study.notes]
     return "\n".join(lines + [f"pictures: {study.folder / 'figures'}"])
 
 
-def markdown(study: Study) -> str:
-    """README-ready tables, one per size: final losses with t-intervals, ratios with paired ones, the floor."""
+def _ratio_lines(study: Study, cell: Cell, variant: Variant) -> list[str]:
+    if variant in (FW_ONLY, BW_ONLY):
+        return []
     lines = []
-    for cell, by in study.cells.items():
-        runs = [run for seeds in by.values() for run in seeds.values()]
-        lines += [f"### {cell.label} ({cell.params:,} parameters), {study.heading(cell.group)}", ""]
-        lines += [f"{describe(runs)}.", ""]
-        lines += ["| trained on | seeds | fw loss | bw loss | ratio 1 | ratio 2 |", "|" + " --- |" * 6]
-        for variant, seeds in by.items():
-            fw, bw = (_plus_minus([final(run, f"{d}_loss") for _, run in sorted(seeds.items())]) for d in ("fw", "bw"))
-            one, two = ratio1(study, variant).get(cell), ratio2(study, variant)[cell]
-            both = variant.trains("fw") and variant.trains("bw")
-            row = [
-                variant.label, ", ".join(map(str, sorted(seeds))), fw, bw,
-                _interval(log_ratios(one)) if one and both else "", _interval(log_ratios(two)) if both else "",
-            ]  # fmt: skip
-            lines += ["| " + " | ".join(row) + " |"]
-        if floor := floor_of(runs):
-            lines += [f"| *entropy floor* | | {floor[0]:.4f} | {floor[0]:.4f} | | |"]
-        separate = ratio2_separate(study).get(cell) if BW_ONLY in by else None
-        if separate:
-            seeds = ", ".join(str(term.seed) for term in separate)
-            lines += [f"| *fw-only / bw-only models* | {seeds} | | | | {_interval(log_ratios(separate))} |"]
-        lines += [""]
-    lines += [
-        "Validation loss in nats per token at the end of training: mean over seeds ± half of its 95 % t-interval. "
-        "Ratio 1 = fw loss (p_bw = 0) / fw loss (this row), above 1: the two-direction model is the better forward "
-        "model. Ratio 2 = fw loss / bw loss of one model. Ratios: geometric mean over seeds [95 % t-interval of the "
-        "paired log-ratios].",
-        "",
-    ]
-    lines += [f"- left out: {note}" for note in study.notes] + [f"- ALARM: {alarm}" for alarm in alarms(study)]
-    return "\n".join(lines)
+    one, two, enough = ratio1(study, variant), ratio2(study, variant), bw_against_bw_only(study, variant)
+    p = p_value(*corrected(one).get(cell, (np.nan, 0)))
+    for name, ratios, meaning in (
+        ("ratio 1", one, f"fw loss, p_bw = 0 / {variant.label} (above 1: bw helped fw){', ' * bool(p) + p}"),
+        ("ratio 2", two, f"fw loss / bw loss, {variant.label}"),
+        ("bw / bw only", enough, f"bw loss, {variant.label} / bw only (1: learned as well)"),
+    ):
+        if cell in ratios:
+            lines += [f"    {name} {interval(log_ratios(ratios[cell]), 3)}    {meaning}"]
+            over = documents(ratios[cell])
+            lines += [f"        validation documents resampled, one pair each: {over}"] if over else []
+    return lines

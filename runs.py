@@ -2,7 +2,8 @@
 
     results/<study>/<run>/config.json      all settings, versions, device, commit
                           curve.csv        one row per evaluation
-                          layers.csv       one row per ablation of layers (eval_layers.py)
+                          layers.csv       one row per ablation of layers; similarity.csv: of states (eval_layers.py)
+                          context.csv, documents.csv     losses by context length, by document (eval_context.py)
                           model.safetensors, state.pt    weights and resume state, not committed
                           finished.json    written last: a run without it is unfinished
                           claim.N, failed.json           who trains it, why it failed (grid.py)
@@ -31,9 +32,16 @@ CURVE_COLUMNS = (
     "grad_norm", "micro_batches", "seq_len", "p_bw", "hit_cap",
 )  # fmt: skip
 LAYERS_COLUMNS = (
-    "ablation", "layers_remaining", "layer", "fw_loss", "fw_acc", "fw_ppl", "bw_loss", "bw_acc", "bw_ppl",
+    "ablation", "layers_remaining", "layer", "fw_loss", "fw_acc", "fw_ppl", "bw_loss", "bw_acc", "bw_ppl", "tokens",
 )  # fmt: skip
-KEYS = ("step", "ablation", "layers_remaining", "layer")  # a table has one row for each of their values
+SIMILARITY_COLUMNS = ("direction", "layer", "block_size", "angular_distance", "block_influence", "tokens")
+CONTEXT_COLUMNS = ("direction", "context", "tokens", "loss")
+DOCUMENTS_COLUMNS = ("direction", "document", "tokens", "loss")
+MERGE_COLUMNS = ("run_a", "run_b", "weight", "fw_loss", "fw_acc", "fw_ppl", "bw_loss", "bw_acc", "bw_ppl")
+KEYS = (  # a table that has these columns has one row for each of their values
+    ("step",), ("ablation", "layers_remaining", "layer"), ("direction", "layer", "block_size"), ("direction", "context"),
+    ("direction", "document"), ("run_a", "run_b", "weight"),
+)  # fmt: skip
 
 
 class RunError(RuntimeError):
@@ -112,6 +120,12 @@ def checksum(path: str | Path) -> str | None:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).exists() else None
 
 
+def table_name(table: str, data: str | None = None, windows: int | None = None) -> str:
+    """`layers.csv`. What was measured on another text, or on some windows only, has a table of its own, so that it is
+    never mixed with the rest: `context_wikitext.csv`, `layers_32windows.csv`."""
+    return "_".join([table, *([data] if data else []), *([f"{windows}windows"] if windows else [])]) + ".csv"
+
+
 def read_table(path: str | Path, columns: tuple[str, ...]) -> pd.DataFrame:
     """A run's table with at least `columns`; an empty frame if there is no such file; RunError if it is damaged."""
     path = Path(path)
@@ -122,8 +136,7 @@ def read_table(path: str | Path, columns: tuple[str, ...]) -> pd.DataFrame:
         if not text.endswith("\n"):
             raise ValueError("its last row is cut off")
         table = pd.read_csv(io.StringIO(text))
-        keys = [column for column in KEYS if column in table]
-        if keys and table.duplicated(keys).any():
+        if any(table.duplicated(list(keys)).any() for keys in KEYS if set(keys) <= set(table.columns)):
             raise ValueError("a row occurs twice")
     except ValueError as error:  # pandas' and UnicodeDecodeError are ValueErrors
         raise RunError(f"{path} is damaged ({error}): restore it, or delete it and run the command that made it") from None
@@ -185,7 +198,7 @@ def read_run(folder: str | Path) -> Run:
         folder=folder,
         config=config,
         curve=read_table(folder / "curve.csv", CURVE_COLUMNS[:-1]),
-        layers=read_table(folder / "layers.csv", LAYERS_COLUMNS),
+        layers=read_table(folder / "layers.csv", LAYERS_COLUMNS[:-1]),  # older tables have no tokens
         finished=finished,
     )
 

@@ -114,6 +114,7 @@ def test_a_full_disk_leaves_the_old_layers_and_figure(whole, tmp_path, monkeypat
         drawing.write_atomically(figure, b"new")
     assert (folder / "layers.csv").read_bytes() == before and [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
     (folder / "layers.csv").unlink()
+    (folder / "similarity.csv").unlink()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered"])

@@ -25,7 +25,7 @@ def test_the_ends_are_the_runs_and_the_middle_their_mean(study, capsys):
     merge.main([str(a), str(b), "--points", "3", "--device", "cpu"])
     assert (study / "merge.csv").read_bytes() == first, "rows of the same two runs are replaced"
     merge.main([str(b), str(a), "--points", "2", "--device", "cpu"])
-    table = runs.read_table(study / "merge.csv", merge.COLUMNS)
+    table = runs.read_table(study / "merge.csv", runs.MERGE_COLUMNS)
     assert table.weight.tolist() == [0, 0.5, 1, 0, 1] and set(table.run_a) == {a.name, b.name}
     for folder, row in ((a, 0), (b, 2), (b, 3), (a, 4)):
         end = runs.read_run(folder).curve.iloc[-1]
@@ -47,3 +47,18 @@ def test_what_does_not_fit_is_refused(study, tmp_path):
     (b / "finished.json").unlink()
     with pytest.raises(SystemExit, match="is unfinished"):
         merge.main([str(a), str(b), "--device", "cpu"])
+
+
+def test_a_study_is_merged_pair_by_pair(corpus, tmp_path, capsys):  # noqa: F811
+    train.main(flags(corpus, tmp_path, "--steps 2 --p_bw 0 0.5 1 --seed 100 101"))
+    train.main(flags(corpus, tmp_path, "--steps 2 --p_bw 0.5 --seed 102"))  # without a partner
+    train.main(flags(corpus, tmp_path, "--steps 3 --p_bw 0 --seed 102"))  # differs in more
+    merge.main([str(tmp_path), "--p_bw", "0.5", "0", "--points", "2", "--device", "cpu"])
+    table = runs.read_table(tmp_path / "merge.csv", runs.MERGE_COLUMNS)
+    ends = [(runs.read_run(tmp_path / a), runs.read_run(tmp_path / b)) for a, b in zip(table.run_a[::2], table.run_b[::2])]
+    assert [(a["seed"], a["p_bw"], b["seed"], b["p_bw"]) for a, b in ends] == [(100, 0.5, 100, 0), (101, 0.5, 101, 0)]
+    with pytest.raises(SystemExit, match="has no two finished runs that differ in p_bw = 0 and 0.05 alone"):
+        merge.main([str(tmp_path), "--device", "cpu"])
+    with pytest.raises(SystemExit):
+        merge.main([str(ends[0][0].folder), "--device", "cpu"])
+    assert "name two runs, or one study" in capsys.readouterr().err

@@ -9,14 +9,28 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import cells
 import compare
 import plot_results
+import plot_sizes
 import report
 import runs
-from compare import FW_ONLY, ORDERS, StudyError, Variant, choose, load
+from cells import FW_ONLY, StudyError, Variant, choose, load
+from compare import ORDERS
+from study_readme import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 P5 = Variant("fw+bw", 0.05)
+OTHER_TABLES = {"blocks_angle", "blocks_influence", "context", "merge"}  # drawn from more than curves and layers: test_plot_blocks.py
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch):
+    """Most of the time would go into pixels."""
+    import matplotlib.figure
+
+    save = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, f, **k: save(self, f, **(k | {"dpi": 40})))
 
 
 def plant(
@@ -32,6 +46,8 @@ def plant(
     table = pd.DataFrame({column: 0.0 for column in runs.CURVE_COLUMNS}, index=range(evaluations))
     table["step"], table["epoch"], table["tokens_total"], table["seconds"] = steps, t * epochs, t * epochs * 1e6, t * 60
     table["tokens_unique"], table["p_bw"] = table["tokens_total"] / (1 + p_bw), p_bw
+    table["tokens_fw"] = table["tokens_total"] if task == "fw" else 0.0 if task == "bw" else table["tokens_unique"]
+    table["tokens_bw"] = table["tokens_total"] - table["tokens_fw"]
     for direction, end in (("fw", fw), ("bw", bw)):
         table[f"{direction}_loss"] = end * (1 + decay * (1 - t))
         table[f"{direction}_ppl"] = np.exp(table[f"{direction}_loss"])
@@ -121,40 +137,35 @@ def test_curves_of_unequal_length_and_spacing_are_compared_where_both_exist(tmp_
     assert compare.ratio_curve(terms, "epoch", window=(7, 10))[0].size == 0  # nothing is extrapolated
     unique, _, _ = compare.ratio_curve(terms, "epoch_unique")
     assert unique[-1] == pytest.approx(6 / 1.05)
-    assert compare.reaches(terms, (0, 1)) and not compare.reaches(terms, (0, 10))
 
 
-def test_violin_medians_and_final_points(tmp_path):
+def test_violins_by_size_and_the_points_on_them(tmp_path):
     """Two sizes of one depth, with ratios 2 and 4 all along, 500 points of each: the median by depth is between."""
     plant_pairs(tmp_path, base=(4.0, 2.0), other=(2.0, 1.0), seeds=(0, 1), width=64)
     plant_pairs(tmp_path, base=(4.0, 8.0), other=(1.0, 2.0), seeds=(0, 1), width=128)
     ratios = compare.ratio1(load(tmp_path), P5)
-    by_width = plot_results.violin_values(ratios, "width", (0, 10), ORDERS[1])
-    medians = {width: float(np.median(points)) for width, (points, _) in by_width.items()}
-    assert medians == pytest.approx({64: 2, 128: 4})
-    ((points, finals),) = plot_results.violin_values(ratios, "depth", (0, 10), ORDERS[1]).values()
-    assert len(points) == 1000 and np.median(points) == pytest.approx(3)
-    assert sorted(finals) == pytest.approx([2, 2, 4, 4])
-    assert list(plot_results.violin_values(ratios, "params", None, ORDERS[0])) == [2 * 64**2 * 1000, 2 * 128**2 * 1000]
+    options = plot_results.Options(order=ORDERS[1])
+    by_width = plot_sizes.places(ratios, "width", "all", options)
+    assert {width: float(np.median(place.points)) for width, place in by_width.items()} == pytest.approx({64: 2, 128: 4})
+    (place,) = plot_sizes.places(ratios, "depth", "late", options).values()
+    assert len(place.points) == 1000 and np.median(place.points) == pytest.approx(3)
+    assert sorted(place.ends) == pytest.approx([2, 2, 4, 4]) and place.interval == pytest.approx([8**0.5] * 3)
+    assert list(plot_sizes.places(ratios, "params", "early", options)) == [2 * 64**2 * 1000, 2 * 128**2 * 1000]
 
 
-def test_violins_take_the_window_not_another_axis(tmp_path):
-    """The ratio changes from 1.5 to 1 over training: a window's median is the ratio at the window's middle."""
+def test_windows_are_cut_on_the_axis_that_is_asked_for(tmp_path):
+    """The ratio changes from 1.5 to 1 over 12 epochs: a window's median is the ratio at the window's middle."""
     plant(tmp_path, fw=2.0, decay=1.0, evaluations=240)
     plant(tmp_path, fw=2.0, decay=0.0, evaluations=240, p_bw=0.05)
-    ratios = compare.ratio1(load(tmp_path), P5)
-    for window in ((5, 10), (0.1, 1)):
-        ((points, _),) = plot_results.violin_values(ratios, "depth", window, ORDERS[0]).values()
-        assert np.median(points) == pytest.approx(2 - np.mean(window) / 12, abs=2e-3)
-
-
-def test_the_paired_interval_covers_the_truth_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    for n in (2, 3, 5):
-        ratio, low, high = compare.paired_interval(np.log(1.02) + 0.01 * rng.standard_normal((40_000, n)))
-        assert np.mean((low < 1.02) & (1.02 < high)) == pytest.approx(0.95, abs=0.005)
-        assert np.median(ratio) == pytest.approx(1.02, abs=1e-3)
-    assert np.isnan(compare.paired_interval(np.array([0.1]))[1:]).all()
+    (terms,) = compare.ratio1(load(tmp_path), P5).values()
+    epochs, steps = compare.windows(terms), compare.windows(terms, "step")
+    assert epochs == {"early": (0, pytest.approx(1)), "all": (0, 12), "late": (6, 12)}
+    assert steps == {"early": (0, pytest.approx(100, abs=1)), "all": (0, 1200), "late": (600, 1200)}
+    for window, middle in (("early", 0.525), ("late", 9)):
+        (place,) = plot_sizes.places(compare.ratio1(load(tmp_path), P5), "depth", window, plot_results.Options()).values()
+        assert np.median(place.points) == pytest.approx(2 - middle / 12, abs=2e-3)
+    assert compare.windows(terms, asked=(5, 10)) == {"epochs 5 to 10": (5, 10)}
+    assert compare.windows(terms, asked=(5, 20)) == {} == compare.windows(terms, asked=(0, 0.04))
 
 
 def test_flipped_and_differing_settings_are_never_mixed(tmp_path):
@@ -178,7 +189,7 @@ def test_a_setting_that_follows_the_size_does_not_split_cells(tmp_path):
 
 def test_operational_settings_of_the_trainer_are_ignored():
     recipe = pytest.importorskip("recipe")
-    assert set(recipe.OPERATIONAL) <= set(compare.IGNORED_SETTINGS)
+    assert set(recipe.OPERATIONAL) <= set(cells.IGNORED_SETTINGS)
 
 
 def test_which_p_bw_is_compared(tmp_path):
@@ -221,15 +232,13 @@ def grid_study(tmp_path_factory):
                         done = (depth, seed, p_bw) != (2, 2, 0.0)
                         plant(study, depth, width, p_bw, seed, fw, 9.5 if p_bw == 0 else 3.3, floor=1.5, finished=done)
     plant_pairs(study, (3.0, 3.1), (2.9, 3.1), (0, 1), depth=2, bw_mask="flipped", floor=1.5)
+    plant_pairs(study, (3.2, 3.3), (3.1, 3.2), (0, 1), floor=1.5, unique_tokens=125_000, layers=False)
+    plant_pairs(study, (3.2, 3.3), (3.1, 3.2), (0, 1), bw_mask="flipped", unique_tokens=125_000, dropout=0.1, layers=False)
     return study
 
 
-@pytest.mark.parametrize("name", plot_results.FIGURES)
-def test_every_figure_is_drawn(grid_study, name, monkeypatch):
-    import matplotlib.figure
-
-    save = matplotlib.figure.Figure.savefig
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, f, **k: save(self, f, **(k | {"dpi": 40})))
+@pytest.mark.parametrize("name", [name for name in plot_results.FIGURES if name not in OTHER_TABLES])
+def test_every_figure_is_drawn(grid_study, name):
     paths = plot_results.FIGURES[name](load(grid_study), plot_results.Options())
     if name == "leak":  # both masks in one picture, for the one size that has both
         assert [path.name for path in paths] == ["leak_2x64.png"]
@@ -244,13 +253,14 @@ def test_command_draws_all_and_names_what_is_left_out(tmp_path, capsys):
     plant_pairs(tmp_path / "s", (3.0, 3.1), (2.9, 3.1), (0, 1), epochs=0.8, evaluations=5)
     plant(tmp_path / "s", seed=2, finished=False)
     plant(tmp_path / "s", seed=3, layers=False)
+    plant(tmp_path / "s", unique_tokens=125_000, fw=3.3)
     flags = ["--smooth", "9", "--all_seeds", "--x", "step", "--order", ORDERS[1]]
     paths = plot_results.main([str(tmp_path / "s"), *flags])
     out = capsys.readouterr().out
     assert {path.name for path in (tmp_path / "s" / "figures").iterdir()} == {path.name for path in paths}
-    assert all(str(path) in out for path in paths) and len(paths) == len(plot_results.FIGURES) - 1  # all but the leak
+    assert all(str(path) in out for path in paths) and len(paths) == len(plot_results.FIGURES) - 1 - len(OTHER_TABLES)  # all but the leak
     assert "seed2 is unfinished" in out and 'seed3: layers.csv lacks the "cut" rows' in out
-    assert "ratio2_violins_ratio_then_mean.png" in out  # no window is reached: the whole range
+    assert "ratio2_by_size_ratio_then_mean.png" in out and "repeats_2x64.png" in out
 
 
 def test_a_caption_counts_only_the_seeds_in_its_figure(tmp_path, monkeypatch):
@@ -264,27 +274,26 @@ def test_a_caption_counts_only_the_seeds_in_its_figure(tmp_path, monkeypatch):
 
 def test_runs_with_a_single_evaluation_have_points_but_no_ratio_over_training(tmp_path, capsys):
     plant_pairs(tmp_path, (3.0,), (2.0,), evaluations=1, layers=False)
-    figures = ["curves", "ratio1_training", "ratio1_heatmap", "ratio1_violins"]
+    figures = ["curves", "ratio1_training", "ratio1_heatmap", "ratio1_by_size"]
     paths = plot_results.main([str(tmp_path), "--figure", *figures])
     assert {path.name for path in paths} == {"curves_2x64.png", "ratio1_heatmap.png"}
     assert "do not overlap" in (out := capsys.readouterr().out) and "no two evaluations" in out
 
 
-def test_report_and_summary(grid_study, capsys):
-    plot_results.main([str(grid_study), "--report"])
-    text = capsys.readouterr().out
-    assert "### 2 x 64 (8,192,000 parameters), wiki" in text and "flipped (leaks)" in text
-    assert "| *entropy floor* | | 1.5000 | 1.5000 | | |" in text
-    table = text.split("### 4 x 64")[1].split("\n### ")[0]
-    (line,) = [line for line in table.splitlines() if line.startswith("| p_bw = 0.05 ")]
+def test_report_and_summary(grid_study):
+    text = markdown(load(grid_study))
+    assert "### wiki, flipped (leaks)" in text and "| 2 x 64 | *entropy of the text* | | 1.5000 | 1.5000 |" in text.replace("|  |", "| |")
+    table = text.split("## Losses and ratios")[1]
+    (line,) = [line for line in table.splitlines() if line.startswith("| 4 x 64 (16.4 M) | p_bw = 0.05 ")]
     fw = 2.615 + 0.0105 * np.arange(3)
     half = 4.302653 * fw.std(ddof=1) / 3**0.5
     assert f"{fw.mean():.4f} ± {half:.4f}" in line
     logs = np.log((2.6 + 0.01 * np.arange(3)) / fw)
     assert f"{np.exp(logs.mean()):.4f} [{np.exp(logs.mean() - 4.302653 * logs.std(ddof=1) / 3**0.5):.4f}, " in line
+    assert "(Holm, 3 sizes)" in line
     text = plot_results.summary(grid_study)
     assert "entropy floor" in text and "ratio 1" in text and "ratio 2" in text and str(grid_study / "figures") in text
-    assert "ALARM" not in text
+    assert "ALARM" not in text and "(Holm, 3 sizes)" in text
 
 
 def test_losses_that_cannot_be_are_reported(tmp_path):

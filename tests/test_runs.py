@@ -38,6 +38,7 @@ def test_leftovers_are_the_temporary_files_alone(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "text, why",
     [("step,fw_loss\n1,2.0\n2,1", "its last row is cut off"), ("step,fw_loss\n1,2.0\n1,2.0\n", "a row occurs twice"), ("", "its last row"),
+     ("direction,context\nfw,16\nbw,16\nfw,16\n", "a row occurs twice"), ("run_a,run_b,weight\na,b,0\na,b,0\n", "a row occurs twice"),
      ("step,fw_loss\n1,2.0\n2,1,3\n", "damaged"), ("step\n1\n", "has no column 'fw_loss'"), (b"\xff\xfe\n", "damaged")],
 )  # fmt: skip
 def test_damaged_tables_are_refused(tmp_path, text, why):
@@ -51,3 +52,15 @@ def test_floats_keep_every_digit(tmp_path):
     runs.write_table(tmp_path / "curve.csv", [{"step": 1, "fw_loss": 0.1 + 0.2}, {"step": 2, "fw_loss": None}], ("step", "fw_loss"))
     assert runs.read_table(tmp_path / "curve.csv", ("step",)).fw_loss[0] == 0.1 + 0.2
     assert runs.read_rows(tmp_path / "curve.csv", ("step",))[1] == {"step": "2", "fw_loss": ""}
+
+
+def test_rows_that_differ_in_one_of_their_keys_are_not_doubled(tmp_path):
+    for name, text in (("context", "direction,context\nfw,16\nbw,16\nfw,32\n"),
+                       ("similarity", "direction,layer,block_size\nfw,0,1\nbw,0,1\nfw,0,2\n")):  # fmt: skip
+        (tmp_path / f"{name}.csv").write_text(text)
+        assert len(runs.read_table(tmp_path / f"{name}.csv", ("direction",))) == 3
+
+
+def test_tables_of_other_texts_and_windows_have_names_of_their_own():
+    names = {runs.table_name("context", data, windows) for data in (None, "wikitext") for windows in (None, 8)}
+    assert names == {"context.csv", "context_wikitext.csv", "context_8windows.csv", "context_wikitext_8windows.csv"}

@@ -1,0 +1,230 @@
+"""Two figures on what p_bw buys: fw loss against bw loss (pareto), and what repeated text does to both (repeats).
+
+    python plot_results.py results/toyworld --figure pareto repeats
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+from matplotlib.ticker import NullLocator
+
+from cells import BUDGETS, BW_ONLY, FW_ONLY, Cell, Study, Variant, choose, corpus_tokens
+from compare import bw_against_bw_only, final, log_ratios, lowest, share_of_the_way, value_at
+from drawing import COLOURS, DASHES, Options, label_ends, label_points, new_figure, plain_log_axis, save
+from report import describe, floor_of, interval, short
+from runs import Run
+from stats import mean_interval
+
+TASK_STYLES = {"fw+bw": ("#0072B2", "o"), "fw-or-bw": ("#D55E00", "s"), "adaptive": ("#CC79A7", "D")}
+TASK_LABELS = {"fw+bw": "fw plus bw", "fw-or-bw": "fw or bw", "adaptive": "adaptive p_bw"}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fw loss against bw loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pareto(study: Study, options: Options = Options()) -> list[Path]:
+    """fw loss against bw loss at the end of training: a panel for each size with several p_bw, and one for all sizes."""
+    paths, chosen = [], choose(study, options.p_bw, options.task)
+    for group in study.groups:
+        cells = [cell for cell in study.cells if cell.group == group and set(study.cells[cell]) - {FW_ONLY, BW_ONLY}]
+        swept = [cell for cell in cells if len(set(study.cells[cell]) - {FW_ONLY, BW_ONLY}) > 1]
+        sizes = [cell for cell in cells if chosen in study.cells[cell]]
+        together = len(sizes) > 1
+        if not swept and not together:  # one size, one p_bw: worth a picture beside models of one direction
+            swept = [cell for cell in cells if len(study.cells[cell]) > 1]
+        panels = len(swept) + together
+        if not panels:
+            study.note(f"pareto, {study.heading(group)}: nothing to hold one point against")
+            continue
+        columns = min(panels, 3)
+        rows = -(-panels // columns)
+        wide = 6.4 if columns == 1 else 5.2
+        figure, axes = new_figure(rows, columns, (wide * columns, 0.8 + 0.8 * wide * rows))
+        for ax in axes.flat[panels:]:
+            ax.set_visible(False)
+        for ax, cell in zip(axes.flat, swept):
+            _sweep_panel(ax, study.cells[cell], _values(study.cells[cell], options.budget))
+            ax.set_title(f"{cell.label} ({short(cell.params)})", fontsize=9, loc="left")
+        if together:
+            alike = {cell: {chosen: study.cells[cell][chosen]} for cell in sizes}
+            _sizes_panel(axes.flat[panels - 1], alike, chosen)
+        shown = {cell: study.cells[cell] if cell in swept else {chosen: study.cells[cell][chosen]} for cell in {*swept, *(sizes * together)}}
+        runs = [run for by in shown.values() for seeds in by.values() for run in seeds.values()]
+        where = "at the end of training" if options.budget == "tokens" else f"at equal {options.equal}, where the first run of a sweep ends"
+        caption = f"Validation loss {where}; down and left is better. Small: each seed; large: mean over seeds with 95 % t-intervals; lines join "
+        caption += "rising p_bw within a task. "
+        if swept:
+            caption += "Grey lines and bands: models trained in one direction only, with their interval; their other loss is far off the scale. "
+        caption += _enough(study, cells, options) + describe(runs) + "."
+        title = f"What p_bw buys: fw loss against bw loss, {study.heading(group)}"
+        paths.append(save(study, figure, group, "pareto" + options.tag("p_bw", "task"), title, caption))
+    return paths
+
+
+def _values(by: dict[Variant, dict], budget: str) -> Callable[[Run, str], float]:
+    """How to read a run's loss: at its end, or where the first of the runs that learn fw ends on another budget's axis."""
+    if budget == "tokens":
+        return final
+    x = BUDGETS[budget]
+    end = min(run.curve[x].max() for variant, seeds in by.items() if variant.trains("fw") for run in seeds.values())
+    return lambda run, column: value_at(run, column, x, end)
+
+
+def _enough(study: Study, cells: list[Cell], options: Options) -> str:
+    """How near the chosen p_bw comes to bw only, in numbers, where the control was trained."""
+    variant = choose(study, options.p_bw, options.task)
+    found = {cell: terms for cell, terms in bw_against_bw_only(study, variant).items() if cell in cells}
+    text = ""
+    for cell, terms in found.items():
+        share, half = mean_interval(share_of_the_way(study, variant, cell)) if FW_ONLY in study.cells[cell] else (np.nan, np.nan)
+        way = "" if np.isnan(half) else f", {100 * share:.1f} ± {100 * half:.1f} % of the way from p_bw = 0"
+        text += f"{cell.label}: bw loss at {variant.label} / bw only, equal {options.equal}: {interval(log_ratios(terms), 3)}{way}. "
+    return text
+
+
+def _sweep_panel(ax, by: dict[Variant, dict], value: Callable[[Run, str], float]) -> None:
+    labels, bounds = [], ([], [])
+    by = {v: seeds for v, seeds in by.items() if all(np.isfinite(value(run, "bw_loss")) for run in seeds.values())}
+    for task, (colour, marker) in TASK_STYLES.items():
+        means = [_cross(ax, seeds.values(), colour, marker, bounds, value) for variant, seeds in by.items() if variant.task == task]
+        names = [f"{100 * variant.p_bw:g} %" if task != "adaptive" else "" for variant in by if variant.task == task]
+        if means:
+            ax.plot(*np.array(means).T, "-", color=colour, linewidth=1, marker=marker, markersize=5, label=TASK_LABELS[task])
+        labels += [(*mean, name, colour) for mean, name in zip(means, names)]
+    for variant, column, axis in ((FW_ONLY, "fw_loss", 0), (BW_ONLY, "bw_loss", 1)):
+        if variant in by:
+            bounds[axis].extend(value(run, column) for run in by[variant].values())
+    _scales(ax, bounds, floor_of(run for seeds in by.values() for run in seeds.values()))
+    for variant, column, upright in ((FW_ONLY, "fw_loss", True), (BW_ONLY, "bw_loss", False)):
+        if variant in by:
+            mean, half = mean_interval([value(run, column) for run in by[variant].values()])
+            (ax.axvline if upright else ax.axhline)(mean, color="0.55", linewidth=1)
+            if np.isfinite(half):
+                (ax.axvspan if upright else ax.axhspan)(mean - half, mean + half, color="0.55", alpha=0.15, linewidth=0)
+            _edge_note(ax, mean, f"{'fw only' if upright else 'bw only'} {mean:.3f}", upright)
+    if len({variant.task for variant in by} & set(TASK_STYLES)) > 1:
+        ax.legend(fontsize=7, frameon=False, loc="upper right")
+    label_points(ax, labels)
+
+
+def _sizes_panel(ax, cells: dict[Cell, dict], variant: Variant) -> None:
+    widths, depths, bounds, labels = sorted({cell.width for cell in cells}), sorted({cell.depth for cell in cells}), ([], []), []
+    for cell, by in cells.items():
+        colour, marker = COLOURS[widths.index(cell.width) % len(COLOURS)], "os^Dv"[depths.index(cell.depth) % 5]
+        mean = _cross(ax, by[variant].values(), colour, marker, bounds, final)
+        ax.plot(*mean, marker, color=colour, markersize=5)
+        labels.append((*mean, cell.label, colour))
+    _scales(ax, bounds, floor_of(run for by in cells.values() for run in by[variant].values()))
+    ax.set_title(f"{variant.label}, all sizes", fontsize=9, loc="left")
+    label_points(ax, labels)
+
+
+def _cross(ax, runs, colour: str, marker: str, bounds: tuple[list, list], value: Callable[[Run, str], float]) -> np.ndarray:
+    """Seeds as dots, 95 % t-intervals of both losses as a cross; returns the means (2,) and adds what must be in view."""
+    points = np.array([[value(run, "fw_loss"), value(run, "bw_loss")] for run in runs])
+    mean, half = mean_interval(points.T)
+    ax.plot(*points.T, marker, color=colour, markersize=2.5, alpha=0.45, markeredgewidth=0)
+    if np.isfinite(half).all():
+        ax.plot([mean[0] - half[0], mean[0] + half[0]], [mean[1]] * 2, color=colour, linewidth=0.8, alpha=0.8)
+        ax.plot([mean[0]] * 2, [mean[1] - half[1], mean[1] + half[1]], color=colour, linewidth=0.8, alpha=0.8)
+    for seen, values in zip(bounds, points.T):
+        seen.extend(values)
+    return mean
+
+
+def _scales(ax, bounds: tuple[list, list], floor: tuple[float, float] | None) -> None:
+    """Axes that show every seed and no more: an interval may be wider, and the floor only has its line if it is near."""
+    far = []
+    for values, axis in zip(bounds, (ax.xaxis, ax.yaxis)):
+        x, low, high = axis is ax.xaxis, min(values), max(values)
+        near = floor and np.log(high / floor[0]) < 2.5 * np.log(high / low)
+        far += ["fw" if x else "bw"] if floor and not near else []
+        low = min(low, floor[0]) if near else low
+        pad = max((high / low) ** 0.08, 1.005)
+        (ax.set_xlim if x else ax.set_ylim)(low / pad, high * pad**1.6)
+        if high / low > 2:
+            (ax.set_xscale if x else ax.set_yscale)("log")
+            plain_log_axis(axis)
+        if near:
+            (ax.axvline if x else ax.axhline)(floor[0], color="0.35", linestyle="--", linewidth=1)
+            _edge_note(ax, floor[0], f"entropy floor {floor[0]:.3f}", upright=x)
+    if far:
+        text = f"entropy floor {floor[0]:.3f}: off the scale of {' and '.join(far)}"
+        ax.annotate(text, (0.01, 0.01), xycoords="axes fraction", fontsize=7, color="0.35")
+    ax.set_xlabel("fw loss, nats per token", fontsize=8)
+    ax.set_ylabel("bw loss, nats per token", fontsize=8)
+
+
+def _edge_note(ax, value: float, text: str, upright: bool) -> None:
+    low, high = ax.get_xlim() if upright else ax.get_ylim()
+    if not low < value < high:
+        return
+    if upright:
+        style = {"xy": (value, 0.99), "xycoords": ax.get_xaxis_transform(), "xytext": (-1, 0), "rotation": 90, "ha": "right", "va": "top"}
+    else:
+        style = {"xy": (0.99, value), "xycoords": ax.get_yaxis_transform(), "xytext": (0, 1), "ha": "right", "va": "bottom"}
+    ax.annotate(text, textcoords="offset points", fontsize=7, color="0.35", **style)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Repeated text
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def repeats(study: Study, options: Options = Options()) -> list[Path]:
+    """fw loss against epochs over unique tokens, a line per p_bw and dropout: at the end, and at each run's best evaluation."""
+    paths, everything = [], study.cells | study.limited
+    sizes = sorted({cell._replace(group=cell.group.on_all_text()) for cell in study.limited})
+    for size in sizes:
+        cells = {cell: by for cell, by in everything.items() if cell._replace(group=cell.group.on_all_text()) == size}
+        few = {cell: by for cell, by in cells.items() if cell.group.unique_tokens}
+        wanted = {v for by in (few or cells).values() for v in by if v.trains("fw")}  # not the whole p_bw sweep on all text
+        lines: dict[tuple[Variant, float], list] = {}
+        for cell, by in cells.items():
+            for variant in (v for v in by if v in wanted):
+                lines.setdefault((variant, cell.group.dropout), []).append(list(by[variant].values()))
+        figure, axes = new_figure(1, 2, (11, 4.2), sharey=True)
+        _repeats_panel(axes[0, 0], lines, lambda run: final(run, "fw_loss"), "at the end of training")
+        _repeats_panel(axes[0, 1], lines, lambda run: lowest(run, "fw_loss"), "at each run's best evaluation")
+        runs = [run for points in lines.values() for seeds in points for run in seeds]
+        caption = "Thin: each seed; thick: mean over seeds with 95 % t-intervals. All runs of a line but for its unique tokens are alike; one epoch "
+        caption += "is one pass over those, tokens of both directions counted. Unique tokens: "
+        caption += ", ".join(short(tokens) for tokens in sorted({corpus_tokens(run) for run in runs})) + ". "
+        title = f"Repeated text: fw loss of {size.label} ({short(size.params)}), {study.heading(size.group)}"
+        name = f"repeats_{size.depth}x{size.width}" + options.tag("log")
+        paths.append(save(study, figure, size.group, name, title, caption + describe(runs) + "."))
+    return paths
+
+
+def _repeats_panel(ax, lines: dict, value, title: str) -> None:
+    labels = []
+    variants, rates = sorted({v for v, _ in lines}, key=lambda v: v.p_bw), sorted({rate for _, rate in lines})
+    for (variant, rate), points in lines.items():
+        colour, dash = COLOURS[variants.index(variant) % len(COLOURS)], DASHES[rates.index(rate) % len(DASHES)]
+        points = sorted(points, key=lambda seeds: final(seeds[0], "epoch"))
+        epochs = [np.mean([final(run, "epoch") for run in seeds]) for seeds in points]
+        means, halves = zip(*(mean_interval([value(run) for run in seeds]) for seeds in points))
+        for x, seeds in zip(epochs, points):
+            ax.plot([x] * len(seeds), [value(run) for run in seeds], "o", color=colour, markersize=2.5, alpha=0.5, markeredgewidth=0)
+        style = {"linewidth": 1.5, "marker": "o", "markersize": 4, "capsize": 2, "elinewidth": 0.8}
+        ax.errorbar(epochs, means, np.nan_to_num(halves), color=colour, linestyle=dash, **style)
+        text = variant.label + (f", dropout {rate:g}" if len(rates) > 1 else "")
+        labels.append((means[-1], f"{text}: {means[-1]:.3f}", colour))
+    if floor := floor_of(run for points in lines.values() for seeds in points for run in seeds):
+        ax.axhline(floor[0], color="0.35", linestyle="--", linewidth=1)
+        labels.append((floor[0], f"entropy floor: {floor[0]:.3f}", "0.35"))
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    plain_log_axis(ax.yaxis)
+    measured = sorted({round(final(run, "epoch"), 1) for points in lines.values() for seeds in points for run in seeds})
+    ax.set_xticks([x for i, x in enumerate(measured) if not i or x > 1.15 * measured[i - 1]])
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_title(title, fontsize=9, loc="left")
+    ax.set_xlabel("epochs over unique tokens", fontsize=8)
+    ax.set_ylabel("fw validation loss, nats per token", fontsize=8)
+    label_ends(ax, labels)

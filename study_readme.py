@@ -1,0 +1,243 @@
+"""The README of a study, written from its tables: verdicts, numbers, figures, and how all of it was made.
+
+    python plot_results.py results/demo --report          # writes results/demo/README.md, between its two marks
+
+What stands outside the marks is kept. Numbers: compare.py, verdicts.py; no torch, no matplotlib.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Iterable
+
+import numpy as np
+
+from cells import BUDGETS, BW_ONLY, FW_ONLY, Cell, Group, Study, StudyError, Variant, choose, corpus_tokens
+from compare import (
+    Ratios, Term, bw_against_bw_only, corrected, final, log_ratios, lowest, paired, ratio1, ratio2, ratio2_separate,
+    window_log_ratios, windows,
+)  # fmt: skip
+from report import alarms, describe, documents, floor_of, interval, p_value, plus_minus, short
+from runs import write_atomically
+from verdicts import ABSENT, NEEDED, verdicts
+
+BUDGET_NAMES = {"tokens": "total tokens (both directions)", "fw_tokens": "forward tokens", "steps": "optimiser steps", "seconds": "training seconds"}
+MARKS = ("<!-- report: written by python plot_results.py --report -->", "<!-- end of report -->")
+
+
+def write(study: Study, variant: Variant | None = None) -> Path:
+    """Writes README.md of the study; StudyError if only one of the two marks is left in it."""
+    path = study.folder / "README.md"
+    text = path.read_text() if path.exists() else f"# {study.folder.name}\n"
+    if MARKS[0] not in text and MARKS[1] not in text:
+        text = f"{text.rstrip()}\n\n{MARKS[0]}\n{MARKS[1]}\n"
+    before, start, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (start and end):
+        raise StudyError(f"{path} has lost one of the marks between which the report stands: {MARKS[0]} ... {MARKS[1]}")
+    write_atomically(path, f"{before}{start}\n\n{markdown(study, variant)}\n\n{end}{after}")
+    return path
+
+
+def markdown(study: Study, variant: Variant | None = None) -> str:
+    """All sections. `variant` is held against p_bw = 0 (default: as in the figures)."""
+    variant = variant or choose(study)
+    sections = [
+        _verdicts(study, variant), _losses(study), _budgets(study, variant), _over_training(study, variant),
+        _repeats(study, variant), _documents(study, variant), _figures(study.folder), _made(study), _left_out(study),
+    ]  # fmt: skip
+    return "\n\n".join(section for section in sections if section)
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    columns = list(columns)
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _section(title: str, *parts: str) -> str:
+    return "\n\n".join([f"## {title}", *(" ".join(part.split()) if part.startswith("\n") else part for part in parts)])
+
+
+def _per_group(ratios: Iterable[Ratios]) -> list[tuple[Group, list[Cell]]]:
+    """Groups with their sizes, largest last, that occur in any of these ratios."""
+    found = {cell for one in ratios for cell in one}
+    return [(group, sorted(cell for cell in found if cell.group == group)) for group in sorted({cell.group for cell in found})]
+
+
+def _titled(study: Study, group: Group, content: str) -> str:
+    """Under a heading of its own where a study holds several groups."""
+    return f"### {study.heading(group)}\n\n{content}" if len(study.groups) > 1 or "leaks" in study.heading(group) else content
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sections
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _verdicts(study: Study, variant: Variant | None) -> str:
+    found = verdicts(study, variant)
+    if not found:
+        return "## Verdicts\n\nNo finished run of this study was trained in both directions."
+    parts = []
+    for group, rows in found.items():
+        content = table(("question", "claim", "article (flipped mask)", "ours, flipped", "ours, anticausal", "95 % interval", "verdict"),
+                        [row._replace(verdict=row.verdict if row.verdict == ABSENT else f"**{row.verdict}**") for row in rows])  # fmt: skip
+        parts.append(f"### {study.heading(group)}\n\n{content}" if len(found) > 1 else content)
+    return _section("Verdicts", *parts, f"""
+        {variant.label} against p_bw = 0, runs paired by seed, at equal {BUDGET_NAMES[study.budget]}. Ours: geometric mean over seeds. A verdict is
+        on the right (anticausal) mask unless the claim is about the published one, and on the size named with it: the largest with {NEEDED}
+        seeds. *holds*, *does not hold*: the 95 % t-interval over at least {NEEDED} seeds lies on one side of the value in the claim. Seeds that
+        would decide: if mean and spread stay as observed. Intervals of different claims are not corrected for each other; p-values over sizes
+        are (Holm).""")
+
+
+def _losses(study: Study) -> str:
+    """Final losses with t-intervals, ratios with paired ones, the floor: a row per size and variant."""
+    parts = []
+    for group in study.groups:
+        rows, runs = [], []
+        for cell in (cell for cell in study.cells if cell.group == group):
+            rows += _loss_rows(study, cell)
+            runs += [run for seeds in study.cells[cell].values() for run in seeds.values()]
+        columns = ("size (parameters)", "trained on", "seeds", "fw loss", "bw loss", "ratio 1", "p", "ratio 2", "bw / bw only")
+        parts.append(_titled(study, group, f"{describe(runs)}.\n\n{table(columns, rows)}"))
+    return _section("Losses and ratios", *parts, f"""
+        Validation loss in nats per token at the end of each run: mean over seeds ± half of its 95 % t-interval; *italic*: this direction was
+        never trained. Ratio 1 = fw loss (p_bw = 0) / fw loss (this row), above 1: the two-direction model is the better forward model. p: paired
+        t-test of ratio 1 against 1, corrected by Holm over the sizes of this table with the same p_bw. Ratio 2 = fw loss / bw loss of one model
+        (of separate models: fw only / bw only). bw / bw only: 1 is learned as well as by a model that learns nothing else. Ratios: geometric
+        mean over seeds [95 % t-interval of the paired log-ratios], at equal {BUDGET_NAMES[study.budget]}.""")
+
+
+def _loss_rows(study: Study, cell: Cell) -> list[list[str]]:
+    by, rows = study.cells[cell], []
+    for variant, seeds in by.items():
+        losses = {d: plus_minus([final(run, f"{d}_loss") for _, run in sorted(seeds.items())]) for d in ("fw", "bw")}
+        cells = [f"*{text}*" if not variant.trains(direction) else text for direction, text in losses.items()]
+        ratios = ["", "", "", ""]
+        if variant not in (FW_ONLY, BW_ONLY):
+            one, two, enough = (ratio.get(cell) for ratio in (ratio1(study, variant), ratio2(study, variant), bw_against_bw_only(study, variant)))
+            p = p_value(*corrected(ratio1(study, variant))[cell]) if one else ""
+            ratios = [interval(log_ratios(one)) if one else "", p, interval(log_ratios(two)), interval(log_ratios(enough)) if enough else ""]
+        rows.append([f"{cell.label} ({short(cell.params)})", variant.label, ", ".join(map(str, sorted(seeds))), *cells, *ratios])
+    if separate := ratio2_separate(study).get(cell):
+        seeds = ", ".join(str(term.seed) for term in separate)
+        rows.append([cell.label, "*fw only / bw only*", seeds, "", "", "", "", interval(log_ratios(separate)), ""])
+    if floor := floor_of(run for seeds in by.values() for run in seeds.values()):
+        rows.append([cell.label, "*entropy of the text*", "", f"{floor[0]:.4f}", f"{floor[0]:.4f}", "", "", "", ""])
+    return rows
+
+
+def _budgets(study: Study, variant: Variant | None) -> str:
+    found = {budget: ratio1(replace(study, budget=budget, notes=[]), variant) for budget in BUDGETS}
+    parts = []
+    for group, cells in _per_group(found.values()):
+        texts = {cell: [interval(log_ratios(ratios[cell])) if cell in ratios else "never equal" for ratios in found.values()] for cell in cells}
+        parts.append(_titled(study, group, table(["size", *(BUDGET_NAMES[b] for b in BUDGETS)], ([c.label, *texts[c]] for c in cells))))
+    if not parts:
+        return ""
+    return _section("Ratio 1 at equal budgets", *parts, f"""
+        Ratio 1 of {variant.label} [95 % t-interval] where the shorter run of each pair ends, on four axes; between evaluations the logarithm of
+        the loss is interpolated linearly. On a machine that does other work too, seconds say little.""")  # fmt: skip
+
+
+def _over_training(study: Study, variant: Variant | None) -> str:
+    ratios, parts = ratio1(study, variant), []
+    for group, cells in _per_group([ratios]):
+        rows = []
+        for cell in cells:
+            found = windows(ratios[cell])
+            texts = [_window(ratios[cell], found.get(name)) for name in ("early", "all", "late")]
+            rows.append([cell.label, *texts, interval(log_ratios(ratios[cell]))])
+        parts.append(_titled(study, group, table(("size", "early", "all", "late", "end"), rows)))
+    if not parts:
+        return ""
+    return _section("Ratio 1 over training", *parts, f"""
+        Ratio 1 of {variant.label}, averaged over the first epoch (early), all of training, its second half (late) [95 % t-interval over seeds],
+        with the window's tokens (both directions) and optimiser steps. early is empty where training has no more than one epoch.""")
+
+
+def _window(terms: list[Term], window: tuple[float, float] | None) -> str:
+    logs = window_log_ratios(terms, window) if window else ()
+    if not len(logs):
+        return ""
+    curve = terms[0].top.curve.sort_values("step")
+    (start, end), (first, last) = (np.interp(window, [0.0, *curve["epoch"]], [0.0, *curve[x]]) for x in ("tokens_total", "step"))
+    return f"{interval(logs)}, {short(start)} to {short(end)} tokens, steps {first:.0f} to {last:.0f}"
+
+
+def _repeats(study: Study, variant: Variant | None) -> str:
+    """fw losses by unique tokens and dropout, with the runs on all text beside them, of the sizes that have such runs."""
+    sizes = {cell._replace(group=cell.group.on_all_text()) for cell in study.limited}
+    wanted = {v for by in study.limited.values() for v in by}  # not the whole sweep of p_bw on all of the text
+    beside = {cell: {v: by[v] for v in by if v in wanted} for cell, by in study.cells.items() if cell in sizes}
+    rows = []
+    for cell, by in sorted((beside | study.limited).items(), key=lambda item: _by_text(item[0])):
+        pairs = paired(study, FW_ONLY, "fw_loss", variant, "fw_loss", {cell: by}).get(cell) if variant else None
+        for v, seeds in by.items():
+            runs = [run for _, run in sorted(seeds.items())]
+            epochs = np.mean([final(run, "epoch") for run in runs])
+            losses = [plus_minus([value(run, "fw_loss") for run in runs]) for value in (final, lowest)]
+            ratio = interval(log_ratios(pairs)) if pairs and v == variant else ""
+            rows.append([cell.label, cell.group.bw_mask, short(corpus_tokens(runs[0])), f"{epochs:.3g}", f"{cell.group.dropout:g}", v.label,
+                         str(len(runs)), *losses, ratio])  # fmt: skip
+    columns = ("size", "mask", "unique tokens", "epochs", "dropout", "trained on", "n", "fw loss at the end", "at its best evaluation", "ratio 1")
+    if not rows:
+        return ""
+    return _section("Repeated text", table(columns, rows), """
+        Epochs: tokens seen, both directions, over unique tokens. Ratio 1, at the end, compares runs with the same unique tokens and dropout. Of
+        these runs, only those with all of the text and no dropout enter any other table.""")
+
+
+def _by_text(cell: Cell) -> tuple:
+    return cell.group.on_all_text(), cell.params, cell.group.dropout, -(cell.group.unique_tokens or math.inf)
+
+
+def _documents(study: Study, variant: Variant | None) -> str:
+    named = {"ratio 1": ratio1(study, variant), "ratio 2": ratio2(study, variant), "bw / bw only": bw_against_bw_only(study, variant)}
+    rows = [[study.name(cell), name, documents(terms, 4)] for name, ratios in named.items() for cell, terms in ratios.items()]
+    rows = [row for row in rows if row[-1]]
+    if not rows:
+        return ""
+    return _section("How far the validation text may mislead", table(("size", "of", "each pair [95 % interval]"), rows), f"""
+        {variant.label}; whole validation documents drawn with replacement, 2000 times: how uncertain *one* pair is because the validation set is
+        finite. What other seeds would change is in the intervals above.""")
+
+
+def _figures(folder: Path) -> str:
+    """Every figure there is, the questions' own first; those of single sizes folded away."""
+    first = ("leak", "pareto", "ratio1", "ratio2", "repeats", "context", "merge")
+    rank = {name: next((place for place, start in enumerate(first) if name.startswith(start)), len(first))
+            for name in sorted(path.name for path in (folder / "figures").glob("*.png"))}  # fmt: skip
+    shown, single = ([f"![{name.removesuffix('.png').replace('_', ' ')}](figures/{name})" for name in sorted(rank, key=rank.get)
+                      if name.startswith(("curves_", "blocks_")) == of_one_size] for of_one_size in (False, True))  # fmt: skip
+    folded = ["<details><summary>Figures of single sizes</summary>", *single, "</details>"] if single else []
+    return _section("Figures", *shown, *folded) if rank else ""
+
+
+def _made(study: Study) -> str:
+    runs = [run for by in (study.cells | study.limited).values() for seeds in by.values() for run in seeds.values()]
+    lines = [f"python {command}" for command in sorted({run.config["command"] for run in runs if run.config.get("command")})]
+    lines += [f"python eval_layers.py {study.folder}"] * any(len(run.layers) for run in runs)
+    lines += [f"python eval_context.py {study.folder}"] * any(study.folder.glob("*/context*.csv"))
+    lines += [f"python plot_results.py {study.folder}", f"python plot_results.py {study.folder} --report"]
+    seconds = sum(run.finished.get("seconds", 0) for run in runs)
+    spent = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.0f} minutes"
+    dates = sorted({date for run in runs for date in (run.config.get("date"), run.finished.get("date")) if date})
+    versions = [", ".join(f"{name} {version}" for name, version in run.config.get("versions", {}).items()) for run in runs]
+    facts = [f"{len(runs)} runs, {spent} of training in total", *([" to ".join(sorted({dates[0], dates[-1]}))] if dates else [])]
+    for name, values in (("machine", [run.config.get("device") for run in runs]), ("versions", versions),
+                         ("commits", [run.config.get("git_commit") for run in runs])):  # fmt: skip
+        different = sorted({value for value in values if value})
+        facts += [f"{name}: {'; '.join(different)}"] if different else []
+    return _section("How it was made", "```bash\n" + "\n".join(lines) + "\n```", "\n".join(f"- {fact}" for fact in facts))
+
+
+def _left_out(study: Study) -> str:
+    alarm = "\n".join(f"- **ALARM**: {alarm}" for alarm in alarms(study))
+    notes = "\n".join(f"- {note}" for note in study.notes)
+    folded = f"<details><summary>Left out of one comparison or another</summary>\n\n{notes}\n\n</details>" if notes else ""
+    return "\n\n".join(part for part in (alarm, folded) if part)

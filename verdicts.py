@@ -1,0 +1,376 @@
+"""The article's claims, one by one: its number, ours with both backward masks, an interval, a verdict.
+
+    >>> for row in verdicts(study): print(row.claim, row.interval, row.verdict)
+
+A claim is measured as a log-ratio per seed and held against a threshold. It *holds*, or *does not hold*, if the 95 %
+t-interval over at least three seeds lies on one side of it; else it is undecided, and the row says how many seeds would
+decide it if mean and spread stay as observed. Where a claim is about one model, the largest size with three seeds speaks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Callable, NamedTuple
+
+import numpy as np
+
+import article
+from cells import FW_ONLY, Cell, Group, Study, Variant, choose
+from compare import (
+    Ratios, bw_against_bw_only, bw_passes, corrected, cut_values, final, log_ratios, lowest, paired, ratio1, ratio2,
+    ratio2_separate, ratio_curve, share_of_the_way, windows,
+)  # fmt: skip
+from published import ARROW_OF_TIME
+from report import floor_of
+from runs import CONTEXT_COLUMNS, MERGE_COLUMNS, read_table
+from stats import mean_interval, paired_interval, seeds_needed
+
+NEEDED = 3  # seeds; fewer give no verdict
+ABSENT = "not in this study"
+ENOUGH, NO_COST, BARRIER = 1.05, 0.99, 1.01  # how much worse still counts as "as well", "no cost", "no barrier"
+
+
+class Scope(NamedTuple):
+    """What a claim is measured on: the cells of one group (data, mask), `variant` against p_bw = 0."""
+
+    study: Study
+    variant: Variant
+    group: Group
+
+    def of(self, ratios: Ratios) -> Ratios:
+        return {cell: terms for cell, terms in ratios.items() if cell.group == self.group}
+
+    def cells(self, limited: bool = False) -> dict[Cell, dict]:
+        cells = self.study.limited if limited else self.study.cells
+        return {cell: by for cell, by in cells.items() if cell.group.on_all_text() == self.group.on_all_text()}
+
+
+Measure = Callable[[Scope], dict[str, np.ndarray]]  # {which model: log-ratio of each seed}, by size
+
+
+@dataclass(frozen=True)
+class Claim:
+    question: str
+    text: str
+    article: str
+    measure: Measure
+    threshold: float  # of the ratio
+    above: bool = True  # the claim says: above the threshold
+    judged: str = "anticausal"
+    gate: Callable[[Scope, str], str] = lambda scope, label: ""  # a reason to leave it undecided
+    remark: Callable[[Scope, str], str] = lambda scope, label: ""
+
+
+class Row(NamedTuple):
+    question: str
+    claim: str
+    article: str
+    flipped: str
+    anticausal: str
+    interval: str
+    verdict: str
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def at_the_end(ratio: Callable[[Study, Variant], Ratios]) -> Measure:
+    return lambda scope: {cell.label: log_ratios(terms) for cell, terms in scope.of(ratio(scope.study, scope.variant)).items()}
+
+
+def end_over_first_epoch(ratio: Callable[[Study, Variant], Ratios]) -> Measure:
+    """Nothing where training has no more than one epoch. Both points are fixed beforehand: no lowest one is picked."""
+
+    def measure(scope: Scope) -> dict[str, np.ndarray]:
+        found = {}
+        for cell, terms in scope.of(ratio(scope.study, scope.variant)).items():
+            early = windows(terms).get("early")
+            if early:
+                _, top, bottom = ratio_curve(terms, "epoch", early)
+                found[cell.label] = log_ratios(terms) - np.log(top / bottom)[:, -1]
+        return found
+
+    return measure
+
+
+def growth(params: np.ndarray, logs: np.ndarray) -> np.ndarray:
+    """Slope of logs (sizes, seeds) over log10 params (sizes,), by least squares: log of the factor per tenfold size."""
+    x = np.log10(np.asarray(params, float))
+    x = x - x.mean()
+    return x @ np.asarray(logs, float) / (x @ x)
+
+
+def growth_with_size(ratio: Callable[[Study, Variant], Ratios]) -> Measure:
+    def measure(scope: Scope) -> dict[str, np.ndarray]:
+        found = scope.of(ratio(scope.study, scope.variant))
+        seeds = set.intersection(*({term.seed for term in terms} for terms in found.values())) if found else set()
+        if len(found) < 3 or not seeds:
+            return {}
+        logs = [log_ratios([term for term in terms if term.seed in seeds]) for terms in found.values()]
+        return {f"{len(found)} sizes": growth([cell.params for cell in found], logs)}
+
+    return measure
+
+
+def bw_over_floor(scope: Scope) -> dict[str, np.ndarray]:
+    """Of every p_bw, the highest last: whether a mask leaks shows best where the bw task was trained most."""
+    found = {}
+    for cell, by in scope.cells().items():
+        for variant, seeds in by.items():
+            floor = floor_of(seeds.values())
+            if floor and variant.trains("bw"):
+                found[f"{cell.label}, {variant.label}"] = np.log([final(run, "bw_loss") / floor[0] for _, run in sorted(seeds.items())])
+    return found
+
+
+def on_repeated_text(at_best: bool) -> Measure:
+    """Ratio 1 where the text was seen most often, at the end of training or at each run's best evaluation."""
+
+    def measure(scope: Scope) -> dict[str, np.ndarray]:
+        cells = {cell: by for cell, by in scope.cells(limited=True).items() if not cell.group.dropout}
+        found = {}
+        for cell, terms in paired(scope.study, FW_ONLY, "fw_loss", scope.variant, "fw_loss", cells).items():
+            epochs = np.mean([final(term.top, "epoch") for term in terms])
+            pairs = [math.log(lowest(t.top, "fw_loss") / lowest(t.bottom, "fw_loss")) for t in terms]
+            found[epochs, cell.params] = f"{cell.label}, {epochs:.3g} epochs", np.array(pairs) if at_best else log_ratios(terms)
+        return dict(found[key] for key in sorted(found))
+
+    return measure
+
+
+def dropout_instead(scope: Scope) -> dict[str, np.ndarray]:
+    """fw loss of p_bw = 0 without dropout / with it, at each run's best evaluation, where the text was seen most often."""
+    everything, found = scope.cells() | scope.cells(limited=True), {}
+    for cell, by in everything.items():
+        plain = everything.get(cell._replace(group=cell.group._replace(dropout=0.0)), {}).get(FW_ONLY, {})
+        seeds = sorted(set(plain) & set(by.get(FW_ONLY, {})))
+        if cell.group.dropout and seeds:
+            epochs = np.mean([final(plain[seed], "epoch") for seed in seeds])
+            logs = [math.log(lowest(plain[seed], "fw_loss") / lowest(by[FW_ONLY][seed], "fw_loss")) for seed in seeds]
+            label = f"{cell.label}, {epochs:.3g} epochs, dropout {cell.group.dropout:g}"
+            found[epochs, cell.params, cell.group.dropout] = label, np.array(logs)
+    return dict(found[key] for key in sorted(found))
+
+
+def whole_over_one_block(scope: Scope) -> dict[str, np.ndarray]:
+    return _cuts(scope, ratio2(scope.study, scope.variant), lambda logs: logs[:, -1] - logs[:, 0])
+
+
+def half_over_whole(scope: Scope) -> dict[str, np.ndarray]:
+    ratios = ratio1(scope.study, scope.variant, "ppl")
+    return _cuts(scope, ratios, lambda logs: logs[:, logs.shape[1] // 2 - 1] - logs[:, -1])
+
+
+def _cuts(scope: Scope, ratios: Ratios, contrast: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
+    found = {}
+    for cell, terms in scope.of(ratios).items():
+        top, bottom = cut_values(scope.study, terms)
+        if len(top) and cell.depth > 1:
+            found[cell.label] = contrast(np.log(top / bottom))
+    return found
+
+
+def separate(scope: Scope) -> dict[str, np.ndarray]:
+    return {cell.label: log_ratios(terms) for cell, terms in scope.of(ratio2_separate(scope.study)).items()}
+
+
+def gap_growth_with_context(scope: Scope) -> dict[str, np.ndarray]:
+    """log(bw / fw) of two single-direction models with the longest context, minus that with the shortest."""
+    found = {}
+    for cell, terms in scope.of(ratio2_separate(scope.study)).items():
+        gaps = []
+        for term in terms:
+            tables = [(run.folder / "context.csv", direction) for run, direction in ((term.top, "fw"), (term.bottom, "bw"))]
+            if all(path.exists() for path, _ in tables):
+                losses = [_by_context(path, direction) for path, direction in tables]
+                gap = np.log(losses[1] / losses[0]).dropna()
+                gaps += [gap.iloc[-1] - gap.iloc[0]] if len(gap) > 1 else []
+        if gaps:
+            found[cell.label] = np.array(gaps)
+    return found
+
+
+def _by_context(path, direction: str):
+    table = read_table(path, CONTEXT_COLUMNS)
+    return table[table["direction"] == direction].set_index("context")["loss"].sort_index()
+
+
+def barrier(scope: Scope) -> dict[str, np.ndarray]:
+    """Between the weights of p_bw = 0 and `variant`: the highest fw loss over the straight line between its ends (logs)."""
+    path = scope.study.folder / "merge.csv"
+    table = read_table(path, MERGE_COLUMNS) if path.exists() else None
+    found = {}
+    for cell, by in scope.cells().items() if table is not None else ():
+        names = [{run.name for run in by.get(v, {}).values()} for v in (FW_ONLY, scope.variant)]
+        heights = []
+        for (a, b), line in table.groupby(["run_a", "run_b"]):
+            if (a in names[0] and b in names[1]) or (a in names[1] and b in names[0]):
+                line = line.sort_values("weight")
+                weights, logs = line["weight"].to_numpy(), np.log(line["fw_loss"].to_numpy())
+                heights.append((logs - np.interp(weights, weights[[0, -1]], logs[[0, -1]])).max())
+        if heights:
+            found[cell.label] = np.array(heights)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Claims
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def unknown_passes(scope: Scope, label: str) -> str:
+    """Why "5 % is enough" may not be judged: a model may just have had too few bw passes, so their number must be known."""
+    runs = next(by for cell, by in scope.cells().items() if cell.label == label)[scope.variant].values()
+    return "" if all(bw_passes(run) is not None for run in runs) else "undecided: the number of bw passes is not known"
+
+
+def way_and_passes(scope: Scope, label: str) -> str:
+    cell = next(cell for cell in scope.cells() if cell.label == label)
+    passes = [bw_passes(run) for run in scope.cells()[cell][scope.variant].values()]
+    span = [] if None in passes else sorted({f"{min(passes):.0f}", f"{max(passes):.0f}"}, key=float)
+    parts = [f"{' to '.join(span)} bw passes"] if span else []
+    share = share_of_the_way(scope.study, scope.variant, cell)
+    if len(share):
+        mean, half = mean_interval(share)
+        parts.append(f"{100 * mean:.1f} ± {100 * half:.1f} % of the way from p_bw = 0 to bw only")
+    return "; ".join(parts)
+
+
+def claims(variant: Variant) -> tuple[Claim, ...]:
+    """The seven questions as claims about `variant`; the article's side from article.py."""
+    small, large, middle = article.SIZES[0], article.SIZES[-1], next(s for s in article.SIZES if s.label == "8 x 384")
+    most = max(article.SIZES, key=lambda size: size.ratio2)
+    params = [size.params for size in article.SIZES]
+    grown1, grown2 = (math.exp(growth(params, np.log([getattr(size, name) for size in article.SIZES]))) for name in ("late", "ratio2"))
+    narrow = [size for size in article.SIZES if size.width == small.width]
+    first, end = article.LOSSES_8X384[1], article.LOSSES_8X384[10]  # fw at p_bw = 0, fw and bw at 0.05
+    arrow = ARROW_OF_TIME["English"]
+    none = "open there"
+    p = variant.label
+    return (
+        Claim("1 leak", "The published mask shows the model its targets: bw loss / entropy of the text below 1",
+              f"bw loss {article.BW_LOSS_32X1536} nats (32 x 1536)", bw_over_floor, 1.0, False, "flipped"),
+        Claim("1 leak", f"bw is learned better than fw: ratio 2 at {p} above 1",
+              f"{small.ratio2:g} ({small.label}) to {most.ratio2:g} ({most.label})", at_the_end(ratio2), 1.0),
+        Claim("1 leak", "Ratio 2 grows with size: its factor per tenfold parameters above 1", f"{grown2:.2f}", growth_with_size(ratio2), 1.0),
+        Claim("1 leak", "Ratio 2 grows with training: at the end / after one epoch above 1",
+              f"{first[1] / first[2]:.2f} (epoch 1) to {end[1] / end[2]:.2f} (epoch 10), {middle.label}", end_over_first_epoch(ratio2), 1.0),
+        Claim("2 enough", f"{p} is enough to learn bw: bw loss / that of bw only below {ENOUGH}",
+              f"bw {end[2]:.2f} beside fw {end[1]:.2f} nats ({middle.label}), no bw-only control", at_the_end(bw_against_bw_only), ENOUGH, False,
+              gate=unknown_passes, remark=way_and_passes),
+        Claim("3 cost", f"No cost to fw in the largest model: ratio 1 above {NO_COST}",
+              f"{large.late:.3f} late, {large.all:.3f} all ({large.label})", at_the_end(ratio1), NO_COST),
+        Claim("3 cost", "The cost shrinks with size: factor of ratio 1 per tenfold parameters above 1",
+              f"{grown1:.3f} late", growth_with_size(ratio1), 1.0),
+        Claim("3 cost", "Dip, then recovery with training: ratio 1 at the end / after one epoch above 1",
+              f"{first[0] / first[1]:.3f} (epoch 1) to {end[0] / end[1]:.3f} (epoch 10), {middle.label}; means {large.early:.3f} early, "
+              f"{large.late:.3f} late, {large.label}", end_over_first_epoch(ratio1), 1.0),
+        Claim("4 repeats", "On repeated text learning bw helps fw: ratio 1 at the end above 1",
+              f"{end[0] / end[1]:.3f} (epoch 10, {middle.label})", on_repeated_text(False), 1.0),
+        Claim("4 repeats", "The same at each run's best evaluation", none, on_repeated_text(True), 1.0),
+        Claim("4 repeats", "Control: dropout instead of bw helps fw: loss without / with it above 1 (best evaluations)", none, dropout_instead, 1.0),
+        Claim("5 layers", "Ratio 2 grows with the blocks that remain: whole / one block above 1",
+              f"{small.ratio2 / small.ratio2_one:.1f} ({small.label}) to {most.ratio2 / most.ratio2_one:.0f} ({most.label})",
+              whole_over_one_block, 1.0),
+        Claim("5 layers", "Cut to half, a narrow two-direction model gains on fw only: ratio 1 (perplexity), half / whole, above 1",
+              f"{min(s.ratio1_ppl_half / s.ratio1_ppl for s in narrow):.1f} to {max(s.ratio1_ppl_half / s.ratio1_ppl for s in narrow):.1f} "
+              f"(width {small.width})", half_over_whole, 1.0),
+        Claim("6 arrow", "Separate models find bw harder: fw loss of fw only / bw loss of bw only below 1",
+              f"not there; Papadopoulos 2024: {100 / (100 + arrow[512]):.3f} (context 512)",
+              separate, 1.0, False),
+        Claim("6 arrow", "The gap grows with context: bw / fw with the longest / with the shortest, above 1",
+              f"not there; Papadopoulos 2024: {(100 + arrow[512]) / (100 + arrow[16]):.4f} (512 / 16)",
+              gap_growth_with_context, 1.0),
+        Claim("7 merging", f"No barrier between the weights of p_bw = 0 and {p}: highest fw loss / straight line below {BARRIER}",
+              none, barrier, BARRIER, False),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verdicts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def decide(values: np.ndarray, threshold: float, above: bool) -> str:
+    """"holds", "does not hold" or "undecided" with the reason: log-ratios per seed against a ratio's threshold."""
+    if len(values) < NEEDED:
+        return f"undecided: {len(values)} seed{'s' * (len(values) != 1)}, {NEEDED} are the least"
+    mean, half = mean_interval(values)
+    distance = mean - math.log(threshold)
+    if abs(distance) > half:
+        return "holds" if (distance > 0) == above else "does not hold"
+    seeds = seeds_needed(values, math.log(threshold))
+    return f"undecided: {seeds} seeds would decide" if seeds else "undecided: more than 1000 seeds"
+
+
+def speaker(found: dict[str, np.ndarray]) -> str:
+    """The model that speaks for a claim: the last (largest) with enough seeds, else the one with most."""
+    enough = [label for label, values in found.items() if len(values) >= NEEDED]
+    return enough[-1] if enough else max(found, key=lambda label: len(found[label]))
+
+
+def show(label: str, values: np.ndarray, interval: bool = True) -> str:
+    ratio, low, high = paired_interval(values)
+    text = f"{_number(ratio)}" + (f" [{_number(low)}, {_number(high)}]" if interval and len(values) > 1 else "")
+    return f"{text} ({label}, n = {len(values)})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else f"{value:.3g}"
+
+
+def row(claim: Claim, scope: Scope) -> Row:
+    sides = {mask: scope._replace(group=scope.group._replace(bw_mask=mask)) for mask in ("flipped", "anticausal")}
+    found = {mask: claim.measure(side) for mask, side in sides.items()}
+    texts, interval, verdict = {"flipped": ABSENT, "anticausal": ABSENT}, "", ABSENT
+    judged = speaker(found[claim.judged]) if found[claim.judged] else None
+    for mask in (m for m in sides if found[m]):
+        label = judged if judged in found[mask] else speaker(found[mask])  # the same size with both masks, if there is
+        values, remark = found[mask][label], claim.remark(sides[mask], label)
+        texts[mask] = show(label, values, interval=mask != claim.judged) + (f"; {remark}" if remark else "")
+        if mask == claim.judged:
+            interval = "[{}, {}]".format(*map(_number, paired_interval(values)[1:])) if len(values) > 1 else "none (n = 1)"
+            verdict = claim.gate(sides[mask], label) or decide(values, claim.threshold, claim.above)
+    return Row(claim.question, claim.text, claim.article, texts["flipped"], texts["anticausal"], interval, verdict)
+
+
+def cost_at_every_size(scope: Scope) -> Row:
+    """Ratio 1 below 1 at every size: the one claim that tests many sizes at once, so its p-values are corrected (Holm)."""
+    counts, verdict, interval = {}, ABSENT, ""
+    for mask in ("flipped", "anticausal"):
+        ratios = scope._replace(group=scope.group._replace(bw_mask=mask)).of(ratio1(scope.study, scope.variant))
+        tested = {cell: terms for cell, terms in ratios.items() if len(terms) >= NEEDED}
+        if not tested:
+            counts[mask] = ABSENT if not ratios else f"{len(ratios)} sizes, none with {NEEDED} seeds"
+            verdict = verdict if mask == "flipped" or not ratios else f"undecided: {NEEDED} seeds are the least"
+            continue
+        means = {cell: float(log_ratios(terms).mean()) for cell, terms in tested.items()}
+        clear = {cell for cell, (p, _) in corrected(tested).items() if p < 0.05}
+        worse, better = (sum(sign * means[cell] < 0 for cell in clear) for sign in (1, -1))
+        counts[mask] = f"below 1 at {worse}, above at {better}, open at {len(tested) - len(clear)} of {len(tested)} sizes"
+        if mask == "anticausal":
+            intervals = [paired_interval(log_ratios(terms)) for terms in tested.values()]
+            interval = f"sizes: {_number(min(low for _, low, _ in intervals))} to {_number(max(high for _, _, high in intervals))}"
+            missing = [seeds_needed(log_ratios(tested[cell]), 0.0) or math.inf for cell in tested if cell not in clear]
+            seeds = "more than 1000" if math.inf in missing else f"at least {max(missing, default=0)}"
+            verdict = "does not hold" if better else "holds" if worse == len(tested) else f"undecided: {seeds} seeds would decide"
+    theirs = sorted(size.all for size in article.SIZES)
+    published = f"{theirs[0]:.3f} to {theirs[-1]:.3f}, all {len(theirs)} sizes"
+    text = "fw pays at every size: ratio 1 below 1 (p-values Holm-corrected over the sizes)"
+    return Row("3 cost", text, published, counts["flipped"], counts["anticausal"], interval, verdict)
+
+
+def verdicts(study: Study, variant: Variant | None = None) -> dict[Group, list[Row]]:
+    """A table of rows for each set of runs that differ in the mask alone; empty if nothing was trained in both directions."""
+    variant = variant or choose(study)
+    groups = dict.fromkeys(group._replace(bw_mask="anticausal") for group in study.groups)
+    tables = {}
+    for group in groups if variant else ():
+        scope = Scope(study, variant, group)
+        rows = [row(claim, scope) for claim in claims(variant)]
+        place = next(i for i, found in enumerate(rows) if found.question.startswith("3"))
+        tables[group] = [*rows[:place], cost_at_every_size(scope), *rows[place:]]
+    return tables
