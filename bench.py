@@ -259,7 +259,6 @@ def steady_state(case: Case, data: str, full: bool) -> dict:
     settings = case.settings(data)
     device, dtype, compiled, machine = choose_machine(settings)
     training, reference = Training(settings, device, dtype, compiled), Reference(settings, device, dtype, compiled=False)
-    config = training.model.config
 
     def step(task: str) -> None:
         training.settings = replace(training.settings, task=task)
@@ -269,7 +268,7 @@ def steady_state(case: Case, data: str, full: bool) -> dict:
     product, product_flops = large_product(device, dtype)
     work = {"peak": product, "reference": reference.step, **{task: functools.partial(step, task) for task in (TASKS if full else ["fw"])}}
     if full:
-        work["products"] = matrix_products(config, case.batch, case.seq_len, device, dtype)
+        work["products"] = matrix_products(training.model.config, case.batch, case.seq_len, device, dtype)
         work["evaluation"] = training.evaluate
         work["cuts"] = lambda: ablate(training.model, training.val_tokens, ["cut"])
         work["loading"] = lambda: training.windows.next(case.batch, case.seq_len)
@@ -278,7 +277,7 @@ def steady_state(case: Case, data: str, full: bool) -> dict:
     times = medians(work, case.repeats, device)
     about = provenance()
     return {
-        **asdict(case), "full": full, "params": training.model.num_params(), "flops": flops(config, case.batch, case.seq_len),
+        **asdict(case), "full": full, "params": training.model.num_params(), "flops": flops(training.model.config, case.batch, case.seq_len),
         "peak_flops_per_s": 1000 * product_flops / times["peak"]["low"], "times": times,
         "idle": idle_share(functools.partial(step, "fw")) if full and device.type == "cuda" else None,
         "device": device.type, "dtype": str(dtype)[6:], "compiled": compiled, "machine": machine,

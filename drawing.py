@@ -147,6 +147,16 @@ def new_figure(rows: int, columns: int, size: tuple[float, float], **subplots) -
     return figure, axes
 
 
+def panels(count: int) -> tuple[Figure, list]:
+    """A figure with `count` panels, four in a row."""
+    columns = min(count, 4)
+    rows = -(-count // columns)
+    figure, axes = new_figure(rows, columns, (1.2 + 3.9 * columns, 0.8 + 2.9 * rows))
+    for ax in axes.flat[count:]:
+        ax.set_visible(False)
+    return figure, list(axes.flat[:count])
+
+
 def save(study: Study, figure: Figure, group: Group, name: str, title: str, caption: str) -> Path:
     """Adds title and caption, and writes the PNG. The group goes into the name where a study has several."""
     figure.suptitle(title, fontsize=11)

@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from compare import BW_ONLY, FW_ONLY, Cell, Study, Variant, choose, mean_interval
-from drawing import Options, label_ends, new_figure, save, variant_colours
+from drawing import Options, label_ends, new_figure, panels, save, variant_colours
 from report import describe, short
 from runs import LAYERS_COLUMNS, SIMILARITY_COLUMNS, Run, read_table, table_name
 
@@ -142,12 +142,8 @@ def blocks_influence(study: Study, options: Options = Options()) -> list[Path]:
                 if windows is None:
                     study.note(f"blocks_influence: no run of {study.heading(group)} has a similarity.csv (python eval_layers.py {study.folder})")
                 continue
-            columns = min(len(shown), 4)
-            rows = -(-len(shown) // columns)
-            figure, axes = new_figure(rows, columns, (1.2 + 3.9 * columns, 0.8 + 2.9 * rows))
-            for ax in axes.flat[len(shown):]:
-                ax.set_visible(False)
-            for ax, (cell, found) in zip(axes.flat, shown.items()):
+            figure, axes = panels(len(shown))
+            for ax, (cell, found) in zip(axes, shown.items()):
                 _influence_panel(ax, cell, found, variant_colours(study))
             caption = "Block Influence: 1 - cosine of the residual stream before and after a layer, mean over all positions. Solid: fw, dashed: bw; "
             caption += f"thin: each seed, thick: mean. {_correlations(shown, windows)}{_scope(windows)}"

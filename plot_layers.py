@@ -12,7 +12,7 @@ import numpy as np
 
 from compare import ORDERS, Cell, Study, Term, ablation, average, final, with_layers
 from drawing import (
-    METRIC_LABELS, UNITS, Options, by_group, coloured_cells, label_ends, meaning, new_figure, pick, plain_log_axis,
+    METRIC_LABELS, UNITS, Options, by_group, coloured_cells, label_ends, meaning, new_figure, panels, pick, plain_log_axis,
     runs_of, save, variant_colours,
 )  # fmt: skip
 from report import describe, short
@@ -104,12 +104,8 @@ def _layer_lines(study: Study, options: Options, kind: str) -> list[Path]:
         if not shown:
             study.note(f'layers_{kind}: no run has all "{kind}" rows (python eval_layers.py {study.folder})')
             continue
-        columns = min(len(shown), 4)
-        rows = -(-len(shown) // columns)
-        figure, axes = new_figure(rows, columns, (1.2 + 3.9 * columns, 0.8 + 2.9 * rows))
-        for ax in axes.flat[len(shown):]:
-            ax.set_visible(False)
-        for ax, (cell, by) in zip(axes.flat, shown.items()):
+        figure, axes = panels(len(shown))
+        for ax, (cell, by) in zip(axes, shown.items()):
             _layer_panel(ax, cell, by, kind, metric, options.log, variant_colours(study))
         runs = [run for by in shown.values() for found in by.values() for run in found]
         what = "Blocks removed from the back; final norm and head stay." if kind == "cut" else \
