@@ -28,6 +28,7 @@ from data.tokens import load_tokenizer
 from model import GPT, MASK_OF, load_model
 
 ATTENTIONS = ("sdpa", "eager", "flex_attention")  # of transformers; the flash kernels take no mask of one's own
+DIRECTION_TOKENS = ("<|fw|>", "<|bw|>")  # what finetune.py adds to a Hugging Face model's vocabulary
 
 
 class BackboneError(ValueError):
@@ -50,6 +51,11 @@ class Backbone(nn.Module):
         """tokens (B, T) int64, present (B, T) bool, False for padding -> states (B, T, width) after `depth` layers
         (default: all) and the final norm; zeros at padding. `mask` is a direction, or causal, anticausal or none."""
         raise NotImplementedError
+
+    def previous(self, tokens: Tensor, present: Tensor, mask: str, depth: int | None = None) -> Tensor:
+        """As `states`, but every token has the state of the token in front of it; zeros where there is none."""
+        states = self.states(tokens, present, mask, depth)
+        return F.pad(states, (0, 0, 1, -1)).masked_fill(~present[..., None], 0)
 
     def check(self, tokens: Tensor, present: Tensor, mask: str, depth: int | None) -> tuple[str, int]:
         """The mask that a direction stands for, and the depth that None stands for. BackboneError for wrong ones."""
@@ -102,7 +108,11 @@ class OwnBackbone(Backbone):
             first.append(first[-1] + len(piece))
         return [token for piece in pieces for token in piece], first[:-1]
 
-    def states(self, tokens: Tensor, present: Tensor, mask: str, depth: int | None = None) -> Tensor:
+    def previous(self, tokens: Tensor, present: Tensor, mask: str, depth: int | None = None) -> Tensor:
+        """In front of a framed sentence's first token stands FW, unless the mask is anticausal."""
+        return self.states(tokens, present, mask, depth, shift=1)
+
+    def states(self, tokens: Tensor, present: Tensor, mask: str, depth: int | None = None, shift: int = 0) -> Tensor:
         mask, depth = self.check(tokens, present, mask, depth)
         if mask == "anticausal" and self.metadata.get("bw_mask", "anticausal") != "anticausal":
             raise BackboneError(f"{self.name} learned bw with the {self.metadata['bw_mask']} mask, which leaks: take another run")
@@ -118,16 +128,20 @@ class OwnBackbone(Backbone):
             groups = [(torch.arange(len(tokens), device=tokens.device), tokens.shape[1])]
         out = torch.zeros(*tokens.shape, self.width, dtype=self.model.norm.weight.dtype, device=tokens.device)
         for rows, length in groups:
-            out[rows, :length] = self.run(aligned[rows, :length], mask, depth)
+            out[rows, :length] = self.run(aligned[rows, :length], mask, depth, shift)
         back = order.argsort(1)[..., None].expand(out.shape)
+        if shift and not (self.framed and mask != "anticausal"):
+            present = present & (present.cumsum(1) > 1)
         return out.gather(1, back).masked_fill(~present[..., None], 0)
 
-    def run(self, tokens: Tensor, mask: str, depth: int) -> Tensor:
-        """tokens (B, T) without padding that this mask would see -> states (B, T, D); direction tokens come and go."""
+    def run(self, tokens: Tensor, mask: str, depth: int, shift: int = 0) -> Tensor:
+        """tokens (B, T) without padding that this mask would see -> states (B, T, D), of the `shift`-th token before
+        each; direction tokens come and go."""
         V, T = self.model.config.vocab_size, tokens.shape[1]
         front, behind = (int(self.framed and mask != other) for other in ("anticausal", "causal"))
         tokens = F.pad(F.pad(tokens, (front, 0), value=V - 2), (0, behind), value=V - 1)
-        return self.model.hidden(tokens, mask, depth)[:, front : front + T]
+        hidden = F.pad(self.model.hidden(tokens, mask, depth), (0, 0, shift, 0))
+        return hidden[:, front : front + T]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,12 +152,19 @@ class OwnBackbone(Backbone):
 class HuggingFaceBackbone(Backbone):
     """A causal LM of transformers (its body, without the head). The mask is made by the library's own interface for
     the attention in use (bool for sdpa, additive for eager, blocks for flex) and handed over ready, so that the model
-    puts no causal mask of its own on top. Positions count from each sentence's first token, whatever the padding."""
+    puts no causal mask of its own on top. Positions count from each sentence's first token, whatever the padding.
+
+    A model that finetune.py taught both directions has direction tokens. Then sentences are framed by both of them (a
+    pass sees the one it was trained with, or, without a mask, both), and an anti-causal pass counts positions from the
+    sentence's last token: BW stands at position 0, as FW does in a causal pass, and what a query sees lies at smaller
+    positions than its own, as in all that the model learned before. Negative distances it has never seen."""
 
     def __init__(self, model: nn.Module, tokenizer=None, name: str = "model") -> None:
         super().__init__()
         config = model.config
         self.model, self.tokenizer, self.name = model, tokenizer, name
+        vocabulary = tokenizer.get_vocab() if tokenizer else {}
+        self.directions = [vocabulary[token] for token in DIRECTION_TOKENS if token in vocabulary]
         self.attention = config._attn_implementation
         if self.attention not in ATTENTIONS:
             raise BackboneError(f"attention must be one of {', '.join(ATTENTIONS)}: {self.attention!r} takes no mask of one's own")
@@ -156,10 +177,11 @@ class HuggingFaceBackbone(Backbone):
             raise BackboneError(f"{self.name} is a {config.model_type} model, whose final norm was not found: it cannot be used here")
 
     def encode(self, words: list[str]) -> tuple[list[int], list[int]]:
-        """Special tokens that the tokenizer adds (such as BOS) are kept; they belong to no word."""
+        """Special tokens that the tokenizer adds (such as BOS) are kept, unless the model has direction tokens, which
+        take their place; they belong to no word."""
         if self.tokenizer is None:
             raise BackboneError(f"{self.name} has no fast tokenizer beside its weights: add its tokenizer.json")
-        encoded = self.tokenizer("".join(words), return_offsets_mapping=True)
+        encoded = self.tokenizer("".join(words), return_offsets_mapping=True, add_special_tokens=not self.directions)
         spans = [(start, end, index) for index, (start, end) in enumerate(encoded["offset_mapping"]) if end > start]
         first, place, position = [], 0, 0
         for word in words:
@@ -170,19 +192,28 @@ class HuggingFaceBackbone(Backbone):
             if not spans:
                 raise BackboneError(f"the tokenizer of {self.name} makes nothing of {''.join(words)!r}")
             first.append(spans[place][2])
+        if self.directions:
+            fw, bw = self.directions
+            return [fw, *encoded["input_ids"], bw], [index + 1 for index in first]
         return list(encoded["input_ids"]), first
 
     def states(self, tokens: Tensor, present: Tensor, mask: str, depth: int | None = None) -> Tensor:
         mask, depth = self.check(tokens, present, mask, depth)
-        out = self.model(
-            input_ids=tokens.masked_fill(~present, 0),
-            attention_mask=self.attention_mask(present, mask),
-            position_ids=(present.cumsum(1) - 1).clamp(min=0),
-            output_hidden_states=depth < self.depth,
-            use_cache=False,
-        )  # fmt: skip
+        out = self.run(tokens, present, mask, depth < self.depth)
         states = out.last_hidden_state if depth == self.depth else self.final_norm(out.hidden_states[depth])
         return states.masked_fill(~present[..., None], 0)
+
+    def run(self, tokens: Tensor, present: Tensor, mask: str, all_layers: bool = False):
+        """The library's output: last_hidden_state, and with `all_layers` hidden_states, before the final norm but for the last."""
+        mirrored = bool(self.directions) and mask == "anticausal"
+        position = present.flip(1).cumsum(1).flip(1) if mirrored else present.cumsum(1)
+        return self.model(
+            input_ids=tokens.masked_fill(~present, 0),
+            attention_mask=self.attention_mask(present, mask),
+            position_ids=(position - 1).clamp(min=0),
+            output_hidden_states=all_layers,
+            use_cache=False,
+        )  # fmt: skip
 
     def attention_mask(self, present: Tensor, mask: str):
         """Which key (B, T) a query may see, in the form that this attention wants. Nobody sees padding; a padded
@@ -220,6 +251,8 @@ def load_backbone(name: str, device: str = "cpu", attention: str = "sdpa") -> Ba
         own = path.is_file() or "settings" in json.loads((path / "config.json").read_text())
     except (OSError, ValueError):
         own = False
+    if own and (path / "model" / "config.json").exists():  # a run of finetune.py
+        return load_hugging_face(str(path / "model"), device, attention)
     if own:
         if not file.exists():
             raise BackboneError(f"{file} does not exist: give a finished run's folder (python train.py makes one)")
@@ -232,29 +265,49 @@ def load_backbone(name: str, device: str = "cpu", attention: str = "sdpa") -> Ba
 
 
 def load_hugging_face(name: str, device: str, attention: str) -> HuggingFaceBackbone:
+    folder = find_hugging_face(name)
+    model, tokenizer = open_hugging_face(folder, name, "AutoModel", attention)
+    return HuggingFaceBackbone(model.to(device).eval(), tokenizer, name)
+
+
+def find_hugging_face(name: str) -> str:
+    """The local folder of a model that is given by folder or hub name, fetched from the hub if need be."""
     try:
+        import transformers  # noqa: F401
         from huggingface_hub import snapshot_download
-        from transformers import AutoModel, AutoTokenizer
     except ImportError:
         raise BackboneError("Hugging Face models need transformers: pip install -r experiments/requirements.txt") from None
     if not Path(name).is_dir() and (Path(name).exists() or name.count("/") > 1 or name.startswith(".")):
         raise BackboneError(f"{name} is neither a run of train.py nor a folder with a Hugging Face model")
     try:
-        folder = name if Path(name).is_dir() or hub_answers(name) else snapshot_download(name, local_files_only=True)
+        return name if Path(name).is_dir() or hub_answers(name) else snapshot_download(name, local_files_only=True)
     except OSError:
         raise BackboneError(f"{name} could not be loaded: the Hugging Face hub does not give it, and there is no copy in the "
                             f"cache; without a network, copy the model's folder here and give its path") from None  # fmt: skip
+
+
+def open_hugging_face(folder: str, name: str, kind: str, attention: str, dtype: torch.dtype | str = "auto"):
+    """(model, fast tokenizer or None). `kind` is the library's class: AutoModel, or AutoModelForCausalLM with the head."""
+    import transformers
+
     try:
-        options = {"use_safetensors": True, "trust_remote_code": False, "dtype": "auto"}
-        model = AutoModel.from_pretrained(folder, attn_implementation=attention, **options)
+        options = {"use_safetensors": True, "trust_remote_code": False, "dtype": dtype}
+        model = getattr(transformers, kind).from_pretrained(folder, attn_implementation=attention, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise BackboneError(f"{name} could not be loaded: {reason}") from None
+    return model, open_tokenizer(folder)
+
+
+def open_tokenizer(folder: str):
+    """A model's fast tokenizer; None if it has none: states() works without, and encode() says what is missing."""
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError):
-        tokenizer = None  # states() works without; encode() says what is missing
-    return HuggingFaceBackbone(model.to(device).eval(), tokenizer if getattr(tokenizer, "is_fast", False) else None, name)
+        return None
+    return tokenizer if getattr(tokenizer, "is_fast", False) else None
 
 
 def hub_answers(name: str) -> bool:

@@ -5,7 +5,8 @@
 
 Prints a Markdown table and draws scores.png beside the file. The independent unit is a backbone: runs of train.py
 that differ in nothing but their seed are one system, head seeds are averaged within each backbone first, and
-intervals are t-intervals over backbones. A model without training seeds (from the hub) has its head seeds as units.
+intervals are t-intervals over backbones, of differences paired by seed. A model without training
+seeds (from the hub) has its head seeds as units.
 """
 
 from __future__ import annotations
@@ -28,18 +29,33 @@ from runs import RunError, write_atomically
 
 # What must agree for rows to be one setting; systems of a setting are compared with each other.
 SETTING = ("task", "metric", "shots", "depth", "subtoken", "head", "crf", "finetune", "epochs", "batch", "lr", "lr_backbone", "dropout")
-RUN = re.compile(r"_seed(\d+)_[0-9a-f]{6}$")
+# A run of train.py, as it is or tuned further by text_encoder.py (then its weights' path is the model's name).
+RUN = re.compile(r"_seed(\d+)_[0-9a-f]{6}(?:_(mntp[a-z+]*)_[0-9a-f]{6}/model\.safetensors)?$")
 
 
 def system(row: pd.Series) -> str:
-    """What a row measured, whatever the seeds: "4x192_pbw0.05: fw+bw", or "4x192_pbw0 & 4x192_pbw1: fw+bw" of two models."""
-    used = [row.model_bw if part == "bw" and row.model_bw else row.model for part in row.features.split("+")]
-    return " & ".join(dict.fromkeys(RUN.sub("", Path(name).name) for name in used)) + f": {row.features}"
+    """What a row measured, whatever the seeds: "demo/4x192_pbw0.05: fw+bw", or "demo/4x192_pbw0 & demo/4x192_pbw1: fw+bw"
+    of two models. The study is part of a model's name: a size and a p_bw may have been trained for longer in another."""
+    parts = row.features.split("+")
+    used = [row.model_bw if row.model_bw and (part == "bw" or place == 1) else row.model for place, part in enumerate(parts)]
+    names = [short(name) for name in dict.fromkeys(used)]
+    if len(names) == 2 and names[0] == names[1]:
+        names[1] = "another seed"
+    return " & ".join(names) + f": {row.features}"
+
+
+def short(model: str) -> str:
+    """A model's name without its seed: "demo/4x192_pbw0.05", "encoders/4x192_pbw0 + mntp"; others are their own name."""
+    found = RUN.search(model)
+    if not found:
+        return model
+    parts = Path(model[: found.start()]).parts[-2:]
+    return "/".join(parts) + (f" + {found[2]}" if found[2] else "")
 
 
 def unit(row: pd.Series) -> str:
     """What is independent between rows of a system: the backbone's training seed, else the head's seed."""
-    seed = RUN.search(Path(row.model).name)
+    seed = RUN.search(row.model)
     return f"seed {seed[1]}" if seed else f"head {row.seed}"
 
 
@@ -66,14 +82,19 @@ def plus_minus(values: np.ndarray, sign: str = "") -> str:
     return f"{mean:{sign}.2f}" + ("" if np.isnan(half) else f" ± {half:.2f}")
 
 
-def against_fw(by: dict[str, pd.Series], name: str) -> np.ndarray | None:
-    """Differences to the forward features of the same models, paired by unit; None where there is no such row."""
-    models, features = name.rsplit(": ", 1)
-    base = by.get(f"{models.split(' & ')[0]}: fw")
-    if features == "fw" or base is None:
-        return None
-    shared = by[name].index.intersection(base.index)
-    return (by[name][shared] - base[shared]).to_numpy() if len(shared) else None
+def minus(by: dict[str, pd.Series], name: str, base: str) -> str:
+    """Mean difference of two systems, paired by unit; "" where there are no such pairs."""
+    if base not in by or base == name:
+        return ""
+    shared = by[name].index.intersection(by[base].index)
+    return plus_minus((by[name][shared] - by[base][shared]).to_numpy(), "+") if len(shared) else ""
+
+
+def bases(by: dict[str, pd.Series], name: str) -> tuple[str, str]:
+    """What a system is held against: forward features of the same model, and, if it is two states wide, the control of
+    that width, forward features of two models."""
+    control = next((other for other in by if other.endswith(": fw+fw")), "") if "+" in name.rsplit(": ", 1)[1] else ""
+    return f"{name.rsplit(': ', 1)[0].split(' & ')[0]}: fw", control
 
 
 def groups(table: pd.DataFrame) -> list[tuple[dict, dict[str, pd.Series]]]:
@@ -85,12 +106,11 @@ def groups(table: pd.DataFrame) -> list[tuple[dict, dict[str, pd.Series]]]:
 def markdown(table: pd.DataFrame) -> str:
     lines = []
     for setting, by in groups(table):
-        lines += [f"**{describe(setting)}**", "", f"| features | n | test {setting['metric']}, % | minus fw of the same model, paired |"]
-        lines += ["| --- | --- | --- | --- |"]
+        lines += [f"**{describe(setting)}**", "", f"| features | n | test {setting['metric']}, % | minus fw of the same model | minus fw+fw |"]
+        lines += ["| --- | --- | --- | --- | --- |"]
         for name, values in by.items():
-            difference = against_fw(by, name)
-            paired = "" if difference is None else plus_minus(difference, "+")
-            lines.append(f"| {name} | {len(values)} | {plus_minus(values.to_numpy())} | {paired} |")
+            differences = " | ".join(minus(by, name, base) for base in bases(by, name))
+            lines.append(f"| {name} | {len(values)} | {plus_minus(values.to_numpy())} | {differences} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -100,7 +120,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     panels = [(setting, by) for setting, by in groups(table) if len(by) > 1] or groups(table)
     figure, axes = new_figure(len(panels), 1, (8, sum(1.0 + 0.32 * len(by) for _, by in panels)),
                               gridspec_kw={"height_ratios": [1.0 + 0.32 * len(by) for _, by in panels]})  # fmt: skip
-    colours = dict(zip(("fw", "bw", "fw+bw", "none"), COLOURS))
+    colours = dict(zip(("fw", "bw", "fw+bw", "none", "fw+fw"), COLOURS))
     for ax, (setting, by) in zip(axes.flat, panels):
         for place, (name, values) in enumerate(by.items()):
             colour = colours[name.rsplit(": ", 1)[1]]

@@ -186,10 +186,10 @@ def scores(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, float
     pairs = [(a, b) for g, p in zip(gold, predicted, strict=True) for a, b in zip(g, p, strict=True)]
     result = {"acc": sum(a == b for a, b in pairs) / len(pairs)}
     if all(a == "O" or a[:2] in ("B-", "I-") for a, _ in pairs):
-        from seqeval.metrics import f1_score, precision_score, recall_score
+        from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
 
-        for name, score in (("precision", precision_score), ("recall", recall_score), ("f1", f1_score)):
-            result[name] = float(score(gold, predicted, zero_division=0))
+        found = precision_recall_fscore_support(gold, predicted, average="micro", zero_division=0)
+        result |= dict(zip(("precision", "recall", "f1"), map(float, found)))
     return result
 
 

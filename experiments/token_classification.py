@@ -2,13 +2,15 @@
 
     python experiments/token_classification.py --task toyworld --model results/demo/RUN --features fw bw fw+bw
     python experiments/token_classification.py --task data/tagging/wnut17-ner --model RUN_FW --model_bw RUN_BW --features fw+bw
+    python experiments/token_classification.py --task data/tagging/wnut17-ner --model RUN_FW --model_bw OTHER_FW --features fw+fw
     python experiments/token_classification.py --task conll2003 --model gpt2 --features fw none --crf true --shots 4 16 64 256
     python experiments/token_classification.py --task toyworld --model RUN --features fw+bw --finetune true --save /tmp/tagger
     python experiments/token_classification.py --task toyworld --load /tmp/tagger --predictions /tmp/predictions.conll
     python experiments/plot_token_classification.py
 
 A word's features are the states at its first token: of the fw pass, of the bw pass, of both side by side, or of a pass
-without a mask. The backbone stays frozen unless --finetune true. A flag with several values makes a grid; each
+without a mask. fw+fw, two forward models side by side, is the control: as wide as fw+bw, and as many models as two. The
+backbone stays frozen unless --finetune true. A flag with several values makes a grid; each
 combination adds one row to --out, and those found there are skipped.
 """
 
@@ -43,8 +45,8 @@ class Settings:
 
     task: str = Option("toyworld", "toyworld, conll2003, wnut17, ewt-pos, or the beginning of X.train.conll, X.dev.conll, X.test.conll")
     model: str = Option("", "a run of train.py, or a Hugging Face causal LM by local folder or hub name")
-    model_bw: str | None = Option(None, "another model for the bw features; its size and its tokenizer may differ")
-    features: str = Option("fw+bw", "states at each word", choices=("fw", "bw", "fw+bw", "none"))
+    model_bw: str | None = Option(None, "another model for the bw features, or the second fw ones; its size and its tokenizer may differ")
+    features: str = Option("fw+bw", "states at each word", choices=("fw", "bw", "fw+bw", "fw+fw", "none"))
     depth: int | None = Option(None, "layers to take the states after; none: all", low=0)
     subtoken: str = Option("first", "which of a word's tokens stands for it", choices=("first", "last"))
     head: str = Option("mlp", "linear, or the published dropout, linear, ReLU, linear", choices=("linear", "mlp"))
@@ -167,10 +169,12 @@ class Features:
         """`backbones` keeps what is loaded, by name; those to be fine-tuned are always loaded afresh."""
         if not settings.model:
             raise TaggingError("--model is missing: a run of train.py, or a Hugging Face causal LM")
+        if settings.features == "fw+fw" and settings.model_bw in (None, settings.model):
+            raise TaggingError("--features fw+fw needs a second forward model: give it as --model_bw")
         own = {} if settings.finetune else backbones
         self.settings, self.parts, self.frozen = settings, [], {}
-        for mask in settings.features.split("+"):
-            name = settings.model_bw if mask == "bw" and settings.model_bw else settings.model
+        for place, mask in enumerate(settings.features.split("+")):
+            name = settings.model_bw if settings.model_bw and (mask == "bw" or place == 1) else settings.model
             if name not in own:
                 own[name] = load_backbone(name, settings.device, settings.attention)
                 own[name].float() if settings.finetune else own[name].requires_grad_(False)

@@ -138,6 +138,17 @@ def test_frozen_features_are_live_features_computed_once(model, task):
     assert torch.equal(again.batch(task.train[:5])[0], features.batch(task.train[:5])[0][..., :32])
 
 
+@torch.no_grad()
+def test_the_control_is_two_forward_models_side_by_side(model, tmp_path, task):
+    other = write_model(tmp_path / "4x32_pbw0.5_seed8_abcdef", seed=5)
+    both, _ = tc.Features(tc.Settings(model=model, model_bw=other, features="fw+fw", device="cpu"), {}).batch(task.train[:3])
+    for place, name in enumerate((model, other)):
+        alone, _ = tc.Features(tc.Settings(model=name, features="fw", device="cpu"), {}).batch(task.train[:3])
+        assert torch.equal(both[..., 32 * place : 32 * (place + 1)], alone)
+    row = plot.pd.Series({"model": model, "model_bw": other, "features": "fw+fw"})
+    assert plot.system(row) == f"{tmp_path.name}/4x32_pbw0.5 & another seed: fw+fw"
+
+
 def test_two_models_of_other_sizes_and_tokenizers_meet_at_words(model, tmp_path, task):
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -296,7 +307,8 @@ def test_the_best_epoch_by_dev_score_is_kept(model, task, monkeypatch):
 
 @pytest.mark.parametrize(
     "flags, sentence",
-    [((), "--model is missing"), (("--load", "nowhere"), "holds no tagger"), (("--model", "no/such/model"), "neither a run"),
+    [((), "--model is missing"), (("--model", "MODEL", "--features", "fw+fw"), "second forward model"),
+     (("--load", "nowhere"), "holds no tagger"), (("--model", "no/such/model"), "neither a run"),
      (("--model", "MODEL", "--depth", 9), "depth must be between 0 and 2"),
      (("--model", "MODEL", "--save", "x", "--seed", 1, 2), "one value for every flag")],
 )  # fmt: skip
@@ -330,7 +342,9 @@ def test_table_and_figure_average_head_seeds_within_a_model(tmp_path, capsys):
     out = capsys.readouterr().out
     # means over models 55, 56, 57 and 65, 66, 67: half-width 4.303 * 1 / sqrt(3); the paired difference is exactly 10
     assert "56.00 ± 2.48" in out and "66.00 ± 2.48" in out and "+10.00 ± 0.00" in out and "| 3 |" in out
-    assert "| 4x32_pbw0 & 4x32_pbw1: fw+bw | 3 | 66.00 ± 2.48 | +10.00 ± 0.00 |" in out
+    assert "| runs/4x32_pbw0 & runs/4x32_pbw1: fw+bw | 3 | 66.00 ± 2.48 | +10.00 ± 0.00 |  |" in out
     assert (tmp_path / "scores.png").stat().st_size > 10_000
+    encoder = "text-encoder/encoders/4x128_pbw0.05_seed100_aede38_mntp_219e7e/model.safetensors"
+    assert plot.short(encoder) == "encoders/4x128_pbw0.05 + mntp" and plot.short("gpt2") == "gpt2"
     with pytest.raises(SystemExit, match="no results"):
         plot.main([str(tmp_path / "none.csv")])

@@ -1,0 +1,351 @@
+"""Continues the training of a Hugging Face causal LM, forward and, with probability p_bw, backward on the same tokens.
+
+    python experiments/finetune_data.py my_texts/ --model gpt2 --out data/my_texts-gpt2        # its own tokenizer
+    python experiments/finetune.py --model gpt2 --data my_texts-gpt2 --p_bw 0 0.05 --seed 100 101 102
+    python experiments/finetune.py --model path/to/llama --data wiki-llama --lora 0 --lr 2e-5 --tokens 2e7
+    python plot_results.py results/finetune                            # the same figures as for our own runs
+    python train.py --status results/finetune
+
+- two tokens, FW and BW, are added to its vocabulary; their rows are trained, with LoRA on all blocks or with all weights
+- windows, framing, masks, direction draws and tables are those of train.py; p_bw = 0 is the control, paired by seed
+- an anti-causal pass counts positions from the right: see backbone.py
+- the row of step 0 is the model as it came; at the end layers.csv gets all cuts and model/ the weights, in the library's form
+- kill it whenever you like: the same command goes on from the last evaluation, and skips what is finished
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import math
+import sys
+import time
+import zipfile
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import runs
+from data.tokens import DataError, OfflineError, Tokens, TrainingWindows, find_folder, open_tokens, validation_windows
+from experiments.backbone import ATTENTIONS, BackboneError
+from experiments.finetune_data import check_tokens
+from experiments.finetune_model import TwoWayModel, describe_model
+from flags import Option, parse_grid
+from grid import Claim, Grid, LostClaim
+from machine import choose_machine, provenance
+from model import evaluate
+from recipe import draw, share_done
+from runs import RunError
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: str = Option("", "a Hugging Face causal LM by local folder or hub name; safetensors only, no code of theirs is run")
+    data: str = Option("", "a token folder of this model's tokenizer: experiments/finetune_data.py, or data/prepare.py where it is the same")
+    p_bw: float = Option(0.05, "probability that a micro-batch is also learned backward; 0 is the control", 0, 1)
+    seed: int = Option(100, "LoRA's first weights, order of the text and direction draws, each from a stream of its own", 0)
+    lora: int = Option(16, "rank of LoRA on every matrix of the blocks; 0 trains all weights", 0)
+    # How long: the run ends with the first step that reaches any of these, and the learning rate is 0 there
+    epochs: float | None = Option(1.0, "tokens passed through the model, both directions counted, per training token", 0)
+    tokens: float | None = Option(None, "the same as a number of tokens", 1)
+    tokens_fw: float | None = Option(None, "forward tokens only, for data-matched comparisons", 1)
+    steps: int | None = Option(None, "optimiser steps", 1)
+    # The batch
+    seq_len: int = Option(512, "tokens of a window, in training and validation", 2)
+    batch_tokens: int = Option(8192, "tokens of a micro-batch, which is learned forward, or forward and backward", 2)
+    micro_batches: int = Option(1, "micro-batches per step", 1)
+    # The optimiser: AdamW, betas 0.9 and 0.95
+    lr: float | None = Option(None, "highest learning rate; none: 2e-4 with LoRA, 2e-5 for all weights (customary, not tuned here)", 0)
+    warmup_steps: int = Option(20, "linear warm-up; afterwards linear decay to 0", 0)
+    weight_decay: float = Option(0.0, "of all that is trained", 0)
+    clip: float = Option(1.0, "longest gradient", 0)
+    dtype: str = Option("auto", "to compute in; auto: bfloat16 where the machine multiplies it fast", choices=("auto", "float32", "bfloat16"))
+    # Measuring and machine: none of these changes what is learned
+    study: str = Option("results/finetune", "folder that holds the runs")
+    eval_every: int = Option(50, "steps between evaluations, each of them a place to go on from", 1)
+    physical_tokens: int | None = Option(None, "tokens computed at once, to fit a card; changes rounding only", 2)
+    attention: str = Option("sdpa", "the library's implementation", choices=ATTENTIONS)
+    device: str = Option("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
+    compile = "off"  # no setting: the library's models are taken as they are
+
+
+OPERATIONAL = ("study", "eval_every", "physical_tokens", "attention", "device")  # not part of a run's name
+
+
+def full_settings(s: Settings) -> dict:
+    """All that config.json says was set, with what the model itself brings."""
+    about = {key: value for key, value in describe_model(s.model).items() if key != "folder"}
+    return asdict(s) | about | {"task": "fw+bw", "bw_mask": "anticausal", "max_seq_len": s.seq_len}
+
+
+def run_folder(s: Settings) -> Path:
+    """A run is named by the model's weights and by every setting that changes its result and differs from the default."""
+    default, full = asdict(Settings()), full_settings(s)
+    named = {key: value for key, value in full.items() if key not in OPERATIONAL and value != default.get(key, None)}
+    return Path(s.study) / runs.run_name(named | {"p_bw": s.p_bw, "seed": s.seed, "model": Path(s.model).name})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """Everything that a run counts, as train.py counts it. Saved with the weights."""
+
+    step: int = 0
+    micro_step: int = 0
+    tokens_fw: int = 0
+    tokens_bw: int = 0
+    tokens_unique: int = 0
+    seconds: float = 0.0  # training only
+    lr: float = 0.0
+    train_loss: float | None = None  # fw, mean over the step's micro-batches
+    train_acc: float | None = None
+    grad_norm: float | None = None
+
+    @property
+    def tokens_total(self) -> int:
+        return self.tokens_fw + self.tokens_bw
+
+
+class Tuning:
+    """A run in progress."""
+
+    def __init__(self, settings: Settings, model: TwoWayModel, train: Tokens, val: Tokens, device: torch.device, dtype: torch.dtype) -> None:
+        if settings.seq_len > model.backbone.max_tokens:
+            raise BackboneError(f"{model.name} reads at most {model.backbone.max_tokens} tokens: lower --seq_len, now {settings.seq_len}")
+        self.settings, self.model, self.train_tokens, self.val_tokens = settings, model.to(device), train, val
+        self.device, self.dtype = device, dtype
+        self.windows = TrainingWindows(train, "shuffled", settings.seed)
+        self.highest_lr = settings.lr if settings.lr is not None else 2e-4 if settings.lora else 2e-5
+        self.optimizer = torch.optim.AdamW(model.trained().values(), betas=(0.9, 0.95), weight_decay=settings.weight_decay)
+        self.progress = Progress()
+        self.rows: list[dict] = []
+
+    def autocast(self):
+        """Weights that are trained are float32; what is computed with them need not be."""
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+    def share_done(self) -> float:
+        p = self.progress
+        return share_done(self.settings, len(self.train_tokens), p.step, p.tokens_total, p.tokens_fw)
+
+    def one_pass(self, windows: Tensor, direction: str) -> Tensor:
+        """Adds a micro-batch's share of the step's gradients in pieces of `physical_tokens` -> (loss, share of hits), (2,)."""
+        s, sums = self.settings, torch.zeros(2, device=self.device)
+        for piece in windows.split(max(1, (s.physical_tokens or windows.numel()) // s.seq_len)):
+            with self.autocast():
+                loss, hits = self.model.loss(piece, direction, len(windows) * s.seq_len)
+            (loss / s.micro_batches).backward()
+            sums += torch.stack([loss.detach(), hits])
+        return sums
+
+    def step(self) -> None:
+        s, p = self.settings, self.progress
+        batch, figures = max(1, s.batch_tokens // s.seq_len), []
+        p.lr = self.highest_lr * min(1.0, (p.step + 1) / max(1, s.warmup_steps)) * max(0.0, 1 - self.share_done())
+        for _ in range(s.micro_batches):
+            windows = torch.from_numpy(self.windows.next(batch, s.seq_len)).to(self.device)
+            figures.append(self.one_pass(windows, "fw"))
+            p.tokens_fw += batch * s.seq_len
+            if draw(s.seed, "direction", p.micro_step) < s.p_bw:
+                self.one_pass(windows, "bw")
+                p.tokens_bw += batch * s.seq_len
+            p.micro_step += 1
+            p.tokens_unique += batch * s.seq_len
+        norm = torch.nn.utils.clip_grad_norm_(self.model.trained().values(), s.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = p.lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        p.train_loss, p.train_acc, p.grad_norm = torch.cat([torch.stack(figures).mean(0), norm[None]]).tolist()
+        p.step += 1
+        for name, value in (("loss", p.train_loss), ("gradient norm", p.grad_norm)):
+            if not math.isfinite(value):
+                raise RunError(f"the {name} is {value} at step {p.step - 1} (lr {p.lr:.3g}): lower --lr, or try --dtype float32")
+
+    # -- measuring ----------------------------------------------------------------------------------------------------
+
+    def batches(self):
+        s = self.settings
+        return validation_windows(self.val_tokens, s.seq_len, max(1, (s.physical_tokens or s.batch_tokens) // s.seq_len))
+
+    def measure(self, direction: str, variants=None) -> list[dict[str, float]]:
+        """The whole validation split -> {"fw_loss", "fw_acc", "fw_ppl"}, or bw_..., for every variant of the model."""
+        with self.autocast():
+            results = evaluate(self.model, self.batches(), direction, variants=variants)
+        return [{f"{direction}_{name}": value for name, value in result.items()} for result in results]
+
+    def evaluate(self) -> dict:
+        """The row of curve.csv at this step."""
+        s, p = self.settings, self.progress
+        row = {"epoch": p.tokens_total / len(self.train_tokens), "weight_decay": s.weight_decay, "micro_batches": s.micro_batches,
+               "seq_len": s.seq_len, "p_bw": s.p_bw, "hit_cap": False}  # fmt: skip
+        row |= {name: getattr(p, name) for name in runs.CURVE_COLUMNS if hasattr(p, name)}
+        for direction in ("fw", "bw"):
+            row |= self.measure(direction)[0]
+            if not math.isfinite(row[f"{direction}_loss"]):
+                raise RunError(f"the {direction} validation loss is {row[f'{direction}_loss']} at step {p.step}: lower --lr")
+        return row
+
+    def cut_rows(self) -> list[dict]:
+        """The rows of layers.csv: the last layers removed, final norm and head stay."""
+        rows = [{"ablation": "cut", "layers_remaining": k + 1, "layer": None} for k in range(self.model.config.depth)]
+        for direction in ("fw", "bw"):
+            for row, result in zip(rows, self.measure(direction, self.model.cuts)):
+                row |= result
+        return rows[::-1]
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def state(self) -> bytes:
+        """What is trained, optimiser and position, for `restore`; read back without executing anything."""
+        content = {"trained": {name: p.detach() for name, p in self.model.trained().items()}, "optimizer": self.optimizer.state_dict(),
+                   "windows": self.windows.state(), "progress": asdict(self.progress), "rows": self.rows}  # fmt: skip
+        file = io.BytesIO()
+        torch.save(content, file)
+        return file.getvalue()
+
+    @torch.no_grad()
+    def restore(self, path: Path) -> None:
+        try:
+            if zipfile.ZipFile(path).testzip() is not None:
+                raise ValueError("checksum")
+            content = torch.load(path, map_location=self.device, weights_only=True)
+            for name, parameter in self.model.trained().items():
+                parameter.copy_(content["trained"][name])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.windows.restore(content["windows"])
+            self.progress, self.rows = Progress(**content["progress"]), content["rows"]
+        except Exception as error:  # a damaged archive fails in many ways, none of which the user can act on differently
+            raise RunError(f"{path} is damaged ({type(error).__name__}): delete it to train this run from its start") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run's folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def describe(tuning: Tuning, folder: Path, machine: str) -> dict:
+    """config.json."""
+    meta, about_code = tuning.train_tokens.meta, provenance()
+    about_code["versions"] |= {name: version(name) for name in ("transformers", "peft")}
+    return {
+        "name": folder.name,
+        "settings": full_settings(tuning.settings),
+        "params": tuning.model.params,
+        "params_trained": sum(p.numel() for p in tuning.model.trained().values()),
+        "data": {
+            "name": meta["name"], "tokenizer": meta["tokenizer"], "train_tokens": len(tuning.train_tokens), "val_tokens": len(tuning.val_tokens),
+            "sha256": {split: meta["splits"][split]["sha256"] for split in ("train", "val")}, "floor": None, "floor_se": 0.0,
+        },
+        "device": machine,
+        **about_code,
+    }  # fmt: skip
+
+
+def start(settings: Settings, folder: Path) -> Tuning:
+    """Model, tokens and, where there is one, the state that was saved."""
+    train, val = (open_tokens(find_folder(settings.data), split, verify=True) for split in ("train", "val"))
+    device, dtype, _, machine = choose_machine(settings)
+    model = TwoWayModel.load(settings.model, describe_model(settings.model)["folder"], settings.lora, settings.seed, settings.attention, dtype)
+    check_tokens(train.meta, train.folder, model.tokenizer, settings.model)
+    tuning = Tuning(settings, model, train, val, device, dtype)
+    config = describe(tuning, folder, machine)
+    runs.remove_leftovers(folder)
+    if (folder / "config.json").exists():
+        if runs.read_config(folder)["data"]["sha256"] != config["data"]["sha256"]:
+            raise RunError(f"{folder} was trained on other tokens than {settings.data} holds now: use another --study")
+    else:
+        runs.write_json(folder / "config.json", config)
+    if (folder / "state.pt").exists():
+        tuning.restore(folder / "state.pt")
+    tqdm.write(f"{folder}: {config['params']:,} parameters, {config['params_trained']:,} of them trained, {machine}\n"
+               f"{f'continues at step {tuning.progress.step}' if tuning.rows else 'starts'}")  # fmt: skip
+    return tuning
+
+
+def write_row(tuning: Tuning, folder: Path, claim: Claim) -> None:
+    row = tuning.evaluate()
+    tuning.rows.append(row)
+    claim.check()
+    runs.write_atomically(folder / "state.pt", tuning.state())
+    runs.write_table(folder / "curve.csv", tuning.rows, runs.CURVE_COLUMNS)
+    tqdm.write(f"    step {row['step']:6d}  {row['tokens_total'] / 1e6:8.2f}M tokens   fw loss {row['fw_loss']:.4f}  acc {row['fw_acc']:.3f}   "
+               f"bw loss {row['bw_loss']:.4f}  acc {row['bw_acc']:.3f}")  # fmt: skip
+
+
+def tune(settings: Settings, folder: Path, claim: Claim) -> None:
+    """Trains one run to its end."""
+    tuning = start(settings, folder)
+    p = tuning.progress
+    if tuning.rows:  # the state is written first: its table may be missing
+        runs.write_table(folder / "curve.csv", tuning.rows, runs.CURVE_COLUMNS)
+    else:
+        write_row(tuning, folder, claim)
+    with tqdm(total=1.0, bar_format="{percentage:3.0f}% |{bar:20}| {elapsed} < {remaining}", leave=False, disable=None) as bar:
+        while tuning.share_done() < 1:
+            began = time.perf_counter()
+            tuning.step()
+            p.seconds += time.perf_counter() - began
+            bar.n = min(1.0, tuning.share_done())
+            bar.refresh()
+            if p.step % settings.eval_every == 0 or bar.n >= 1:
+                write_row(tuning, folder, claim)
+    runs.write_table(folder / "layers.csv", tuning.cut_rows(), runs.LAYERS_COLUMNS)
+    claim.check()
+    tuning.model.save(folder / "model")
+    runs.write_json(folder / "finished.json", {
+        "step": p.step, "tokens_total": p.tokens_total, "seconds": p.seconds, "date": datetime.date.today().isoformat(), "hit_cap": False,
+        "curve_sha256": runs.checksum(folder / "curve.csv"),
+    })  # fmt: skip
+    (folder / "state.pt").unlink(missing_ok=True)
+
+
+def tune_all(wanted: list[Settings]) -> None:
+    """Run after run, shared with other processes of the same command; one that fails does not stop the others."""
+    for settings in wanted:
+        if not settings.model or not settings.data:
+            raise DataError("--model and --data are needed: a Hugging Face causal LM, and a folder of its tokens (--help says how)")
+        if all(value is None for value in (settings.epochs, settings.tokens, settings.tokens_fw, settings.steps)):
+            raise DataError("no end is set: give --epochs, --tokens, --tokens_fw or --steps")
+    named = {run_folder(settings): settings for settings in wanted}
+    grid = Grid(named)
+    try:
+        while (folder := grid.next()) is not None:
+            try:
+                tune(named[folder], folder, grid.claim)
+            except LostClaim as error:  # the other finishes it
+                tqdm.write(str(error))
+            except torch.OutOfMemoryError:
+                grid.fail(folder, f"out of memory: set --physical_tokens, or lower it (now {named[folder].physical_tokens}); results do not change")
+            except (RunError, ValueError, OfflineError, OSError) as error:
+                grid.fail(folder, str(error))
+            finally:
+                grid.close()
+    finally:
+        grid.bar.close()
+    if grid.failed:
+        raise SystemExit("\n".join(f"{reason} ({folder.name})" if len(named) > 1 else reason for folder, reason in grid.failed.items()))
+
+
+def main(argv: list[str] | None = None) -> None:
+    wanted = parse_grid(Settings, __doc__, argv)
+    try:
+        tune_all(wanted)
+    except (RunError, ValueError, OfflineError, OSError) as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()
