@@ -165,7 +165,8 @@ class Grid:
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / "finished.json").exists():
                 tqdm.write(f"{folder} is finished")
-                (folder / "state.pt").unlink(missing_ok=True)  # its process was killed in its last line
+                for path in (folder / "state.pt", *(claim for claim in claims(folder) if living(claim) is None)):
+                    path.unlink(missing_ok=True)  # its process was killed in its last line
         self.earlier = {folder: self.failure(folder) for folder in self.left}
         total, self.left = len(self.left), [folder for folder in self.left if not self.settled(folder)]
         self.bar = tqdm(total=total, initial=total - len(self.left), desc="grid", disable=total < 2 or None,

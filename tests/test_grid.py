@@ -30,9 +30,19 @@ def test_three_processes_one_killed_write_the_tables_of_one(corpus, tmp_path):  
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes if process is not victim] == [0, 0]
+    train.main(flags(corpus, shared, TWENTY))  # tidies up after a victim that was killed in its last line
     assert_same_tables(shared, alone)
     begun = "".join(log.read_text() for log in logs).count(" parameters, ")
     assert 20 <= begun <= 21, "only the killed process's run may be begun again"
+
+
+def test_what_a_process_killed_in_its_last_line_leaves_is_tidied_up(corpus, tmp_path):  # noqa: F811
+    train.main(flags(corpus, tmp_path, "--steps 2"))
+    (folder,) = tmp_path.glob("*/")
+    (folder / "state.pt").write_bytes(b"of a finished run")
+    (folder / "claim.0").write_text(json.dumps({**grid.identity(os.getpid()), "pid": 999999999}))
+    train.main(flags(corpus, tmp_path, "--steps 2"))
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "curve.csv", "finished.json", "model.safetensors"]
 
 
 def test_a_claim_is_exclusive_and_that_of_a_dead_process_is_taken_over(tmp_path):
