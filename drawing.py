@@ -22,6 +22,7 @@ from matplotlib.colors import LogNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from PIL import Image  # comes with matplotlib
 
 from cells import BUDGETS, BW_ONLY, FW_ONLY, Group, Study, Variant, choose, variants
 from compare import Ratios, ratio1, ratio2
@@ -167,9 +168,10 @@ def save(study: Study, figure: Figure, group: Group, name: str, title: str, capt
     suffix = "" if group == first else "_" + re.sub(r"[^\w.=-]+", "-", study.heading(group)).strip("-")
     path = study.folder / "figures" / f"{name}{suffix}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()
+    content, small = io.BytesIO(), io.BytesIO()
     figure.savefig(content, format="png", dpi=200, bbox_inches="tight", metadata={"Software": None})
-    write_atomically(path, content.getvalue())
+    Image.open(content).convert("RGB").quantize(128).save(small, format="png", optimize=True)  # a palette: a third of the size
+    write_atomically(path, small.getvalue())
     return path
 
 
