@@ -170,7 +170,7 @@ def save(study: Study, figure: Figure, group: Group, name: str, title: str, capt
     path.parent.mkdir(parents=True, exist_ok=True)
     content, small = io.BytesIO(), io.BytesIO()
     figure.savefig(content, format="png", dpi=200, bbox_inches="tight", metadata={"Software": None})
-    Image.open(content).convert("RGB").quantize(128).save(small, format="png", optimize=True)  # a palette: a third of the size
+    Image.open(content).convert("RGB").quantize(256).save(small, format="png", optimize=True)  # a palette: a third of the size
     write_atomically(path, small.getvalue())
     return path
 

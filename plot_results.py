@@ -184,7 +184,7 @@ def leak(study: Study, options: Options = Options()) -> list[Path]:
         caption = "Same settings but for the backward mask. No model can predict unseen text below its entropy: " if floor else ""
         caption += "a lower loss means that targets were seen. " if floor else "Ratio 2 clearly above 1 means that targets were seen. "
         caption += "Thin: each seed; thick: mean. " + describe([*right.values(), *leaking.values()]) + "."
-        title = f"The published backward mask sees its targets: {cell.label} on {cell.group.data}, {variant.label}"
+        title = f"The published backward mask and the right one: {cell.label} on {cell.group.data}, {variant.label}"
         name = f"leak_{cell.depth}x{cell.width}" + options.tag("x", "p_bw", "task")
         paths.append(save(study, figure, cell.with_mask("anticausal").group, name, title, caption))
     return paths

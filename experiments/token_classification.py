@@ -4,8 +4,8 @@
     python experiments/token_classification.py --task data/tagging/wnut17-ner --model RUN_FW --model_bw RUN_BW --features fw+bw
     python experiments/token_classification.py --task data/tagging/wnut17-ner --model RUN_FW --model_bw OTHER_FW --features fw+fw
     python experiments/token_classification.py --task conll2003 --model gpt2 --features fw none --crf true --shots 4 16 64 256
-    python experiments/token_classification.py --task toyworld --model RUN --features fw+bw --finetune true --save /tmp/tagger
-    python experiments/token_classification.py --task toyworld --load /tmp/tagger --predictions /tmp/predictions.conll
+    python experiments/token_classification.py --task toyworld --model RUN --features fw+bw --finetune true --save my_tagger
+    python experiments/token_classification.py --task toyworld --load my_tagger --predictions predictions.conll
     python experiments/plot_token_classification.py
 
 A word's features are the states at its first token: of the fw pass, of the bw pass, of both side by side, or of a pass
