@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
-from drawing import COLOURS, new_figure
+from drawing import COLOURS, new_figure, write_png
 from report import short
 from runs import RunError, read_json, write_atomically
 
@@ -221,9 +220,7 @@ def figure(files: list[dict], path: Path) -> None:
         row[0].legend(fontsize=7, frameon=False)
         row[0].set_title(main["machine"].split(",")[0] + ", " + main["dtype"], fontsize=9, loc="left")
     drawing.suptitle("Training step, forward only: speed by size and by sequence length (median; bars from slowest to fastest repeat)", fontsize=11)
-    content = io.BytesIO()
-    drawing.savefig(content, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
-    write_atomically(path, content.getvalue())
+    write_png(drawing, path)
 
 
 def write(folder: Path) -> None:

@@ -168,11 +168,15 @@ def save(study: Study, figure: Figure, group: Group, name: str, title: str, capt
     suffix = "" if group == first else "_" + re.sub(r"[^\w.=-]+", "-", study.heading(group)).strip("-")
     path = study.folder / "figures" / f"{name}{suffix}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_png(figure, path)
+    return path
+
+
+def write_png(figure: Figure, path: Path) -> None:
     content, small = io.BytesIO(), io.BytesIO()
     figure.savefig(content, format="png", dpi=200, bbox_inches="tight", metadata={"Software": None})
     Image.open(content).convert("RGB").quantize(256).save(small, format="png", optimize=True)  # a palette: a third of the size
     write_atomically(path, small.getvalue())
-    return path
 
 
 def plain_log_axis(axis) -> None:

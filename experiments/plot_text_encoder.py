@@ -11,7 +11,6 @@ p_bw = 0 and the same size, paired by training seed; intervals are 95 % t-interv
 from __future__ import annotations
 
 import argparse
-import io
 import re
 import sys
 from pathlib import Path
@@ -22,8 +21,8 @@ if not __package__:
 import numpy as np
 import pandas as pd
 
-from drawing import COLOURS, new_figure
-from runs import RunError, write_atomically
+from drawing import COLOURS, new_figure, write_png
+from runs import RunError
 from stats import mean_interval, seeds_needed
 
 STAGES = ("causal", "none", "mntp", "simcse", "pairs", "mntp+simcse", "mntp+pairs", "mntp+simcse+pairs")
@@ -160,9 +159,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     caption = ("Dots: backbones trained from different seeds. Diamonds: mean and 95 % t-interval over them, where there are more than two. "
                "The table compares seed by seed: bars that overlap may hide a difference.")
     figure.text(0.01, -0.01, caption, fontsize=7, color="0.3", va="top")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=180, bbox_inches="tight", metadata={"Software": None})
-    write_atomically(path, content.getvalue())
+    write_png(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,7 +12,6 @@ seeds (from the hub) has its head seeds as units.
 from __future__ import annotations
 
 import argparse
-import io
 import re
 import sys
 from pathlib import Path
@@ -24,8 +23,8 @@ import numpy as np
 import pandas as pd
 
 from compare import mean_interval
-from drawing import COLOURS, new_figure
-from runs import RunError, write_atomically
+from drawing import COLOURS, new_figure, write_png
+from runs import RunError
 
 # What must agree for rows to be one setting; systems of a setting are compared with each other.
 SETTING = ("task", "metric", "shots", "depth", "subtoken", "head", "crf", "finetune", "epochs", "batch", "lr", "lr_backbone", "dropout")
@@ -139,9 +138,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     figure.suptitle("Token classification from forward and backward states", fontsize=11)
     caption = "Dots: backbones trained from different seeds. Diamonds: mean and 95 % t-interval over them, where there are more than two."
     figure.text(0.01, -0.01, caption, fontsize=7, color="0.3", va="top")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=200, bbox_inches="tight", metadata={"Software": None})
-    write_atomically(path, content.getvalue())
+    write_png(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
