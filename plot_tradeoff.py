@@ -187,8 +187,11 @@ def repeats(study: Study, options: Options = Options()) -> list[Path]:
         for cell, by in cells.items():
             for variant in (v for v in by if v in wanted):
                 lines.setdefault((variant, cell.group.dropout), []).append(list(by[variant].values()))
+        shown = [{v: seeds for v, seeds in by.items() if v in wanted} for by in cells.values()]
+        value = {run.name: _values(by, options.budget) for by in shown for seeds in by.values() for run in seeds.values()}
+        where = "at the end of training" if options.budget == "tokens" else f"at equal {options.equal} within each point's runs"
         figure, axes = new_figure(1, 2, (11, 4.2), sharey=True)
-        _repeats_panel(axes[0, 0], lines, lambda run: final(run, "fw_loss"), "at the end of training")
+        _repeats_panel(axes[0, 0], lines, lambda run: value[run.name](run, "fw_loss"), where)
         _repeats_panel(axes[0, 1], lines, lambda run: lowest(run, "fw_loss"), "at each run's best evaluation")
         runs = [run for points in lines.values() for seeds in points for run in seeds]
         caption = "Thin: each seed; thick: mean over seeds with 95 % t-intervals. All runs of a line but for its unique tokens are alike; one epoch "

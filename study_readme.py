@@ -46,7 +46,7 @@ def markdown(study: Study, variant: Variant | None = None) -> str:
     variant = variant or choose(study)
     sections = [
         _verdicts(study, variant), _losses(study), _budgets(study, variant), _over_training(study, variant),
-        _repeats(study, variant), _documents(study, variant), _figures(study.folder), _made(study), _left_out(study),
+        _repeats(study), _documents(study, variant), _figures(study.folder), _made(study), _left_out(study),
     ]  # fmt: skip
     return "\n\n".join(section for section in sections if section)
 
@@ -169,19 +169,19 @@ def _window(terms: list[Term], window: tuple[float, float] | None) -> str:
     return f"{interval(logs)}, {short(start)} to {short(end)} tokens, steps {first:.0f} to {last:.0f}"
 
 
-def _repeats(study: Study, variant: Variant | None) -> str:
+def _repeats(study: Study) -> str:
     """fw losses by unique tokens and dropout, with the runs on all text beside them, of the sizes that have such runs."""
     sizes = {cell._replace(group=cell.group.on_all_text()) for cell in study.limited}
     wanted = {v for by in study.limited.values() for v in by}  # not the whole sweep of p_bw on all of the text
     beside = {cell: {v: by[v] for v in by if v in wanted} for cell, by in study.cells.items() if cell in sizes}
     rows = []
     for cell, by in sorted((beside | study.limited).items(), key=lambda item: _by_text(item[0])):
-        pairs = paired(study, FW_ONLY, "fw_loss", variant, "fw_loss", {cell: by}).get(cell) if variant else None
         for v, seeds in by.items():
+            pairs = paired(study, FW_ONLY, "fw_loss", v, "fw_loss", {cell: by}).get(cell) if v != FW_ONLY and v.trains("fw") else None
             runs = [run for _, run in sorted(seeds.items())]
             epochs = np.mean([final(run, "epoch") for run in runs])
             losses = [plus_minus([value(run, "fw_loss") for run in runs]) for value in (final, lowest)]
-            ratio = interval(log_ratios(pairs)) if pairs and v == variant else ""
+            ratio = interval(log_ratios(pairs)) if pairs else ""
             rows.append([cell.label, cell.group.bw_mask, short(corpus_tokens(runs[0])), f"{epochs:.3g}", f"{cell.group.dropout:g}", v.label,
                          str(len(runs)), *losses, ratio])  # fmt: skip
     columns = ("size", "mask", "unique tokens", "epochs", "dropout", "trained on", "n", "fw loss at the end", "at its best evaluation", "ratio 1")

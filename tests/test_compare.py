@@ -141,6 +141,26 @@ def test_a_loss_that_depends_on_forward_tokens_alone_is_equal_at_equal_forward_t
         assert log_ratios(terms) == pytest.approx([log_ratio], abs=1e-12), budget
 
 
+def test_repeated_text_is_compared_on_the_budget_asked_for(tmp_path, monkeypatch):
+    """p_bw = 1 reads half the text: at equal forward tokens its partner counts halfway through, not at its end."""
+    for seed in (0, 1):
+        plant(tmp_path, seed=seed, fw=2.0, unique_tokens=125_000)
+        plant(tmp_path, seed=seed, fw=3.0, p_bw=1.0, unique_tokens=125_000)
+    plant_pairs(tmp_path, (2.0, 2.0), (2.0, 2.0), (0, 1))
+    drawn = {}
+
+    def panel(ax, lines, value, title):
+        drawn[title] = {variant.p_bw: [value(run) for run in points[-1]] for (variant, _), points in lines.items()}
+
+    monkeypatch.setattr("plot_tradeoff._repeats_panel", panel)
+    for budget, at_p_bw_0 in (("tokens", 2.0), ("fw_tokens", 3.0), ("seconds", 2.0)):
+        drawn.clear()
+        (path,) = plot_results.repeats(load(tmp_path), plot_results.Options(budget=budget))
+        where, best = drawn
+        assert drawn[where][0.0] == pytest.approx([at_p_bw_0] * 2, rel=1e-3) and drawn[where][1.0] == pytest.approx([3.0, 3.0])
+        assert drawn[best][0.0] == [2.0, 2.0] and ("equal" in where) == (budget != "tokens") == (budget in path.stem)
+
+
 def test_nothing_is_extrapolated_to_a_common_end():
     late = in_memory(0.0, 0, [2.0, 1.0], tokens_total=[5e6, 6e6])
     study = study_of([late, in_memory(0.05, 0, [3.0, 2.0])])
