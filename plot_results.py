@@ -21,7 +21,7 @@ from typing import Callable, Sequence
 
 import numpy as np
 
-from cells import BUDGETS, FW_ONLY, Study, StudyError, choose, load
+from cells import BUDGETS, BW_ONLY, FW_ONLY, Study, StudyError, choose, load
 from compare import METRICS, ORDERS, average, common_grid, on_grid, ratio_curve, trajectory
 from drawing import (
     COLOURS, DASHES, METRIC_LABELS, UNITS, X_LABELS, Options, by_group, label_ends, meaning, new_figure, pick,
@@ -152,7 +152,8 @@ def leak(study: Study, options: Options = Options()) -> list[Path]:
     variant = choose(study, options.p_bw, options.task)
     flipped = {cell: by[variant] for cell, by in study.cells.items() if cell.group.bw_mask == "flipped" and variant in by}
     for cell, leaking in flipped.items():
-        right = study.cells.get(cell.with_mask("anticausal"), {}).get(variant)
+        twins = study.cells.get(cell.with_mask("anticausal"), {})
+        right, control = twins.get(variant), twins.get(BW_ONLY, {})
         if not right:
             study.note(f"leak: {study.name(cell)} has no runs with the right mask to compare with")
             continue
@@ -161,7 +162,8 @@ def leak(study: Study, options: Options = Options()) -> list[Path]:
         floor = floor_of(right.values())
         for ax, column in zip(axes[0], ("bw_loss", "ratio2")):
             labels = []
-            for name, seeds, colour in masks:
+            alone = [("bw only, anticausal", control, COLOURS[2])] * bool(control and column == "bw_loss")
+            for name, seeds, colour in (*masks, *alone):
                 lines = [trajectory(run, "bw_loss", options.x) for run in seeds.values()]
                 if column == "ratio2":
                     lines = [(x, trajectory(run, "fw_loss", options.x)[1] / y) for (x, y), run in zip(lines, seeds.values())]
@@ -183,7 +185,7 @@ def leak(study: Study, options: Options = Options()) -> list[Path]:
             label_ends(ax, labels)
         caption = "Same settings but for the backward mask. No model can predict unseen text below its entropy: " if floor else ""
         caption += "a lower loss means that targets were seen. " if floor else "Ratio 2 clearly above 1 means that targets were seen. "
-        caption += "Thin: each seed; thick: mean. " + describe([*right.values(), *leaking.values()]) + "."
+        caption += "Thin: each seed; thick: mean. " + describe([*right.values(), *leaking.values(), *control.values()]) + "."
         title = f"The published backward mask and the right one: {cell.label} on {cell.group.data}, {variant.label}"
         name = f"leak_{cell.depth}x{cell.width}" + options.tag("x", "p_bw", "task")
         paths.append(save(study, figure, cell.with_mask("anticausal").group, name, title, caption))

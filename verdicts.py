@@ -23,7 +23,7 @@ from compare import (
 )  # fmt: skip
 from published import ARROW_OF_TIME
 from report import floor_of
-from runs import CONTEXT_COLUMNS, MERGE_COLUMNS, read_table
+from runs import CONTEXT_COLUMNS, MERGE_COLUMNS, read_table, table_name
 from stats import mean_interval, paired_interval, seeds_needed
 
 NEEDED = 3  # seeds; fewer give no verdict
@@ -178,18 +178,23 @@ def separate(scope: Scope) -> dict[str, np.ndarray]:
 
 
 def gap_growth_with_context(scope: Scope) -> dict[str, np.ndarray]:
-    """log(bw / fw) of two single-direction models with the longest context, minus that with the shortest."""
+    """log(bw / fw) of two single-direction models with the longest context, minus that with the shortest.
+
+    From context.csv, or where no pair has it, from the table of most windows of the same text.
+    """
     found = {}
     for cell, terms in scope.of(ratio2_separate(scope.study)).items():
-        gaps = []
-        for term in terms:
-            tables = [(run.folder / "context.csv", direction) for run, direction in ((term.top, "fw"), (term.bottom, "bw"))]
-            if all(path.exists() for path, _ in tables):
-                losses = [_by_context(path, direction) for path, direction in tables]
-                gap = np.log(losses[1] / losses[0]).dropna()
-                gaps += [gap.iloc[-1] - gap.iloc[0]] if len(gap) > 1 else []
-        if gaps:
-            found[cell.label] = np.array(gaps)
+        limited = {int(n) for term in terms for path in term.top.folder.glob("context_*windows.csv") if (n := path.stem[8:-7]).isdigit()}
+        for count in (None, *sorted(limited, reverse=True)):
+            gaps = []
+            for term in terms:
+                paths = [run.folder / table_name("context", None, count) for run in (term.top, term.bottom)]
+                if all(path.exists() for path in paths):
+                    gap = np.log(_by_context(paths[1], "bw") / _by_context(paths[0], "fw")).dropna()
+                    gaps += [gap.iloc[-1] - gap.iloc[0]] if len(gap) > 1 else []
+            if gaps:
+                found[cell.label + (f", {count} windows" if count else "")] = np.array(gaps)
+                break
     return found
 
 

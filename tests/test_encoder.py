@@ -7,7 +7,7 @@ import torch
 
 from tiny_backbones import MAKERS, TEXTS, hugging_face, own, transformers
 from experiments.backbone import OwnBackbone, pad
-from experiments.encoder import Encoder, EncoderError, load_encoder, pool, save
+from experiments.encoder import Encoder, EncoderError, expressible, load_encoder, pool, save
 
 
 # ---- pooling and encoding ------------------------------------------------------------------------------------------
@@ -113,3 +113,34 @@ def test_a_saved_folder_means_the_same_to_transformers_alone(kind, mask, tmp_pat
     changed[2, 20] += 1
     moved = model(input_ids=changed, attention_mask=batch["attention_mask"]).last_hidden_state[2, 0] - states[2, 0]
     assert (moved.abs().max() > 1e-4) == (mask == "none")
+
+
+@pytest.mark.parametrize("kind, mask, pooling, instruction", [
+    ("llama", "none", "mean", ""), ("llama", "causal", "weighted_mean", ""), ("gpt2", "none", "mean", "He taught:"),
+    ("gpt2", "causal", "first", "He taught:"), ("gpt2", "none", "last", "He taught: "),
+])  # fmt: skip
+def test_sentence_transformers_computes_the_same(kind, mask, pooling, instruction, tmp_path):
+    library = pytest.importorskip("sentence_transformers", reason="pip install sentence-transformers")
+    encoder = Encoder(hugging_face(kind), mask, pooling, instruction=instruction)
+    assert save(encoder, tmp_path)
+    found = library.SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(found, encoder.encode(TEXTS), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"mask": "anticausal"}, {"depth": 1}, {"pooling": "weighted_mean", "instruction": "He taught:"}])
+def test_what_sentence_transformers_would_misread_it_cannot_open(settings, tmp_path):
+    """A folder without its settings is to it a causal model under a mean, without a word."""
+    encoder = Encoder(hugging_face(), "none")
+    assert save(encoder, tmp_path) and (tmp_path / "modules.json").exists()
+    encoder = Encoder(hugging_face(), **settings)
+    assert not save(encoder, tmp_path) and not (tmp_path / "modules.json").exists() and not (tmp_path / "config.json").exists()
+    torch.testing.assert_close(load_encoder(tmp_path).encode(TEXTS), encoder.encode(TEXTS))
+    assert not save(Encoder(own()), tmp_path / "own")
+
+
+def test_an_instruction_that_has_other_tokens_alone_is_kept_from_sentence_transformers():
+    """As byte-level BPE does it: the last space of an instruction belongs to the text's first token."""
+    backbone = hugging_face()
+    assert expressible(Encoder(backbone, instruction="He taught:"))
+    backbone.encode = lambda words: ([1, 2, 3], [0]) if len(words) == 1 else ([1, 2, 9], [0, 2])
+    assert not expressible(Encoder(backbone, instruction="He taught: ")) and expressible(Encoder(backbone, pooling="last", instruction="He taught: "))

@@ -197,7 +197,8 @@ def test_a_probe_reads_the_token_or_the_one_before():
     generator = torch.Generator().manual_seed(0)
     words = [" was", " the", " in", " of"]
     draw = lambda: torch.randint(0, 4, (9,), generator=generator).tolist()  # noqa: E731
-    splits = [[tagging_data.Sentence([words[k] for k in ids], ["AB"[k % 2] for k in ids]) for ids in (draw() for _ in range(n))] for n in (60, 20, 40)]
+    sentences = lambda n: [tagging_data.Sentence([words[k] for k in ids], ["AB"[k % 2] for k in ids]) for ids in (draw() for _ in range(n))]  # noqa: E731
+    splits = [sentences(n) for n in (60, 20, 40)]
     task, encoder = tagging_data.Task("words", *splits), Encoder(own(), mask="causal")
     found = {position: probes.word_probe(encoder, task, position, epochs=10, lr=0.05)["acc"] for position in probes.POSITIONS}
     assert found["i"] > 0.95 and found["i-1"] < 0.65
@@ -259,13 +260,15 @@ def test_the_script_runs_as_a_user_runs_it(tmp_path, run_folder):
 
 
 def test_other_seeds_targets_and_styles_are_other_rows(tmp_path, run_folder):
-    rows = rows_of(tmp_path, run_folder, "--stage", "mntp", "--task", "masked", "--seed", 1, 2, "--mntp_target", "i-1", "i", "--mntp_style", "bert", "all")
+    flags = ("--seed", 1, 2, "--mntp_target", "i-1", "i", "--mntp_style", "bert", "all")
+    rows = rows_of(tmp_path, run_folder, "--stage", "mntp", "--task", "masked", *flags)
     assert len({row["score"] for row in rows}) == 8 and len(list((tmp_path / "scores").iterdir())) == 8
 
 
 def test_pairs_and_a_hugging_face_model(tmp_path, run_folder, corpus):
     (tmp_path / "pairs.csv").write_text("".join(f"He taught {x}.,She taught {x}.\n" for x in ("law", "music", "botany", "grammar")))
-    rows_of(tmp_path, run_folder, "--stage", "mntp+pairs", "--pairs", tmp_path / "pairs.csv", "--task", tmp_path / "sts", "--save", tmp_path / "kept")
+    flags = ("--stage", "mntp+pairs", "--pairs", tmp_path / "pairs.csv", "--task", tmp_path / "sts")
+    rows_of(tmp_path, run_folder, *flags, "--save", tmp_path / "kept")
     assert load_encoder(tmp_path / "kept").encode(TEXTS).shape == (4, 32)
     rows_of(tmp_path, tmp_path / "kept", "--stage", "none", "--task", tmp_path / "pos")  # a saved encoder is a model, too
     backbone = hugging_face("llama")
