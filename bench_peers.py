@@ -33,19 +33,29 @@ def steps(folder: Path, case, tokens: np.ndarray, device: torch.device, dtype: t
     return {name: makers[name](path, case, tokens, device, dtype, compiled) for name, path in found.items() if path.exists()}
 
 
-def hlb_gpt(path: Path, case, tokens: torch.Tensor, device: torch.device, dtype: torch.dtype, compiled: bool) -> Step:
-    """Its main.py is a script: everything before its start is executed, with another device, data and size."""
+def hlb_module(path: Path, depth: int, width: int, data: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype,
+               changes: dict[str, str]) -> dict:  # fmt: skip
+    """The names that its main.py defines. That is a script: everything before its start is executed, with another device,
+    data ("train", "eval": int32 tokens) and size; `changes` are further replacements in its text, each of which must be found.
+    """
     source, start, _ = path.read_text().partition('\nif __name__ == "__main__":')
-    if not start:
+    if not start or not all(old in source for old in changes):
         raise ValueError(f"{path} is not hlb-gpt's main.py of version 0.4.1")
     module = {"__name__": "hlb_gpt"}
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(StringIO()):
-        data = Path(temporary) / "data.pt"
-        torch.save({"train": tokens, "eval": tokens}, data)
-        source = source.replace("'data.pt'", repr(str(data))).replace("'cuda'", repr(device.type))
-        source = source.replace("max_sequence_length = 1024", f"max_sequence_length = {max(1024, case.seq_len)}")
-        exec(compile(source.replace("torch.bfloat16", str(dtype)), str(path), "exec"), module)
-        module["hyp"]["net"] |= {"residual_depth": case.width, "num_blocks": case.depth}
+        file = Path(temporary) / "data.pt"
+        torch.save(data, file)
+        for old, new in {"'data.pt'": repr(str(file)), "'cuda'": repr(device.type), "torch.bfloat16": str(dtype), **changes}.items():
+            source = source.replace(old, new)
+        exec(compile(source, str(path), "exec"), module)
+    module["hyp"]["net"] |= {"residual_depth": width, "num_blocks": depth}
+    return module
+
+
+def hlb_gpt(path: Path, case, tokens: torch.Tensor, device: torch.device, dtype: torch.dtype, compiled: bool) -> Step:
+    changes = {"max_sequence_length = 1024": f"max_sequence_length = {max(1024, case.seq_len)}"}
+    module = hlb_module(path, case.depth, case.width, {"train": tokens, "eval": tokens}, device, dtype, changes)
+    with contextlib.redirect_stdout(StringIO()):
         net = module["make_net"]()
         groups = module["init_param_groups_dict"](net, 9e7 / math.log(sum(p.numel() for p in net.parameters())) ** 8.8)
     optimizer = torch.optim.AdamW(groups.values(), fused=True)

@@ -136,9 +136,22 @@ def targets(files: list[dict]) -> str:
         point = find(points[device], *size)
         reason = f"{NONE}: no GPU was at hand" if device == "cuda" and not points[device] else NONE
         rows.append([{"cuda": "GPU", "cpu": "two CPU cores"}[device], text, value(point) if point else reason])
+    for device, where in (("cuda", "GPU"), ("cpu", "two CPU cores")):
+        races = [content["race"] for content in files if "race" in content and content["device"] == device]
+        if races or device == "cuda":
+            text = "the loss of hlb-gpt's own code after 1000 steps in a third of its time, or less"
+            rows.append([where, text, race_words(races[-1]) if races else f"{NONE}: no GPU was at hand"])
     prepared = [content["prepare"] for content in files if "prepare" in content]
     rows.append(["any", "prepare.py: at least 0.9 x (cores x single-thread tiktoken)", prepare_words(prepared[-1]) if prepared else NONE])
     return table(["where", "target", "measured here"], rows)
+
+
+def race_words(race: dict) -> str:
+    """Of bench_race.py: how long we took to hlb-gpt's last loss, as a share of its time."""
+    theirs = f"hlb-gpt: loss {race['loss']:.3f} after {race['steps']} steps and {race['hlb_seconds']:.0f} s; {race['depth']} x {race['width']}, {race['data']}"
+    if race["seconds"] is None:
+        return f"not reached within as many steps ({theirs})"
+    return f"{race['seconds'] / race['hlb_seconds']:.2f} x ({race['reached_at']:.0f} steps, {race['seconds']:.0f} s; {theirs})"
 
 
 def prepare_words(figures: dict) -> str:

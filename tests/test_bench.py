@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from tiny import corpus  # noqa: F401  (a fixture)
 
 import bench
+import bench_race
 import bench_report
 from model import GPT, GPTConfig
 from runs import RunError
@@ -127,6 +129,30 @@ def test_targets_are_computed_as_the_issue_states_them():
     ):  # fmt: skip
         (row,) = [line for line in table.splitlines() if text in line]
         assert row.split("|")[3].strip().startswith(value), row
+
+
+def test_a_race_ends_where_ours_is_first_as_good():
+    theirs = [{"step": 50.0, "seconds": 8.0, "fw_loss": 3.0}, {"step": 100.0, "seconds": 16.0, "fw_loss": 2.5}]
+    ours = [{"step": 50.0 * k, "seconds": 2.0 * k, "fw_loss": 3.0 - 0.25 * k} for k in (1, 2, 3)]
+    about = {"depth": 8, "width": 384, "data": "wikipedia", "steps": 100}
+    for rows, words in ((ours, "0.25 x (100 steps, 4 s; hlb-gpt: loss 2.500 after 100 steps and 16 s; 8 x 384, wikipedia)"), (ours[:1], "not reached")):
+        race = bench_race.finish(rows, theirs) | about
+        table = bench_report.targets([{"device": "cuda", "points": [], "race": race}])
+        (row,) = [line for line in table.splitlines() if "in a third of its time" in line]
+        assert row.split("|")[3].strip().startswith(words)
+
+
+def test_our_side_of_a_race_is_a_run_of_train(corpus):
+    flags = f"--data {corpus} --depth 1 --width 16 --max_seq_len 32 --batch_tokens 128 --steps 4 --device cpu"
+    rows = bench_race.race_ours(flags.split(), every=2)
+    assert [row["step"] for row in rows] == [2, 4] and 0 < rows[0]["seconds"] < rows[1]["seconds"] and all(row["fw_loss"] < 7 for row in rows)
+
+
+@pytest.mark.parametrize("flags, message", [("--steps 30", "multiple of --eval_every"), ("--data nothing", "nothing"), ("", "main.py")])
+def test_a_race_that_cannot_start_says_why(corpus, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        bench_race.main(f"--data {corpus} --peers {tmp_path} --depth 1 --width 32 --out {tmp_path} {flags}".split())
+    assert message in f"{stop.value} {capsys.readouterr().err}"
 
 
 def test_of_equal_points_the_newest_counts_and_failed_ones_are_left_out():
