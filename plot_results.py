@@ -170,7 +170,8 @@ def leak(study: Study, options: Options = Options()) -> list[Path]:
                 grid = common_grid(lines)
                 for x, y in lines:
                     ax.plot(x, y, color=colour, linewidth=0.7, alpha=0.45)
-                mean = on_grid(lines, grid).mean(0)
+                values = on_grid(lines, grid)
+                mean = np.exp(np.log(values).mean(0)) if column == "ratio2" else values.mean(0)  # as in the tables
                 ax.plot(grid, mean, color=colour, linewidth=1.8)
                 labels.append((mean[-1], f"{name}: {mean[-1]:.3f}", colour))
             level = floor[0] if floor and column == "bw_loss" else 1.0 if column == "ratio2" else None
@@ -185,7 +186,7 @@ def leak(study: Study, options: Options = Options()) -> list[Path]:
             label_ends(ax, labels)
         caption = "Same settings but for the backward mask. No model can predict unseen text below its entropy: " if floor else ""
         caption += "a lower loss means that targets were seen. " if floor else "Ratio 2 clearly above 1 means that targets were seen. "
-        caption += "Thin: each seed; thick: mean. " + describe([*right.values(), *leaking.values(), *control.values()]) + "."
+        caption += "Thin: each seed; thick: mean, geometric for the ratio. " + describe([*right.values(), *leaking.values(), *control.values()]) + "."
         title = f"The published backward mask and the right one: {cell.label} on {cell.group.data}, {variant.label}"
         name = f"leak_{cell.depth}x{cell.width}" + options.tag("x", "p_bw", "task")
         paths.append(save(study, figure, cell.with_mask("anticausal").group, name, title, caption))
