@@ -8,6 +8,7 @@ and of each two-direction model. Tables of other texts (eval_context.py --data, 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def _context_figure(study: Study, cell: Cell, table: str, panels: list[list]) ->
     caption += "These models were trained on windows of up to {:,} tokens. ".format(max(run["max_seq_len"] for run in runs))
     caption += "Grey: Papadopoulos et al. 2024, separate models, other texts, trained on windows of each size. "
     other = table.removeprefix("context").strip("_")
-    caption += f"Measured on {other.replace('_', ', ')}. " if other else ""
+    caption += f"Measured on {re.sub(r'(?<=[0-9])windows$', ' windows', other.replace('_', ', '))}. " if other else ""
     name = f"context_{cell.depth}x{cell.width}" + (f"_{other}" if other else "")
     title = f"How much worse backward is than forward, by context: {cell.label} ({short(cell.params)} parameters), {study.heading(cell.group)}"
     return save(study, figure, cell.group, name, title, caption + describe(runs) + ".")

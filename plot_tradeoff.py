@@ -55,8 +55,8 @@ def pareto(study: Study, options: Options = Options()) -> list[Path]:
         shown = {cell: study.cells[cell] if cell in swept else {chosen: study.cells[cell][chosen]} for cell in {*swept, *(sizes * together)}}
         runs = [run for by in shown.values() for seeds in by.values() for run in seeds.values()]
         where = "at the end of training" if options.budget == "tokens" else f"at equal {options.equal}, where the first run of a sweep ends"
-        caption = f"Validation loss {where}; down and left is better. Small: each seed; large: mean over seeds with 95 % t-intervals; lines join "
-        caption += "rising p_bw within a task. "
+        caption = f"Validation loss {where}; down and left is better. Small: each seed; large: mean over seeds with 95 % t-intervals, which may "
+        caption += "reach out of the picture; lines join rising p_bw within a task. "
         if swept:
             caption += "Grey lines and bands: models trained in one direction only, with their interval; their other loss is far off the scale. "
         caption += _enough(study, cells, options) + describe(runs) + "."
