@@ -5,8 +5,9 @@
     vectors = encoder.encode(questions, instruction="Find the answer: ")      # attended to, not pooled
     save(encoder, "my_encoder"); encoder = load_encoder("my_encoder")
 
-A saved Hugging Face backbone is also a folder in sentence-transformers' layout: no mask is then a setting of its
-config.json ("is_causal": false), which transformers >= 5 reads. Our own model has no class there.
+A saved Hugging Face backbone is also a folder that sentence-transformers opens, where that can compute the same vectors:
+no mask is then a setting of its config.json ("is_causal": false), which transformers >= 5 reads. Our own model has no
+class there; load_encoder reads everything that save wrote.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from experiments.backbone import Backbone, BackboneError, OwnBackbone, load_back
 from model import model_bytes
 
 POOLINGS = ("mean", "weighted_mean", "last", "first")
+# of a saved backbone in its folder; "apart" keeps from sentence-transformers what it would take for a causal model under a mean
+PLACES = {"own": "model.safetensors", "hugging face": "", "hugging face, apart": "model"}
 
 
 class EncoderError(ValueError):
@@ -101,21 +104,27 @@ class Encoder:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save(encoder: Encoder, folder: str | Path) -> None:
-    """Writes weights (adapters merged in), tokenizer and settings; encoder.json comes last, so that what was interrupted is no encoder."""
+def save(encoder: Encoder, folder: str | Path) -> bool:
+    """Writes weights (adapters merged in), tokenizer and settings -> whether sentence-transformers computes the same from
+    the folder. encoder.json comes last, so that what was interrupted is no encoder."""
     folder, backbone = Path(folder), encoder.backbone
-    own = isinstance(backbone, OwnBackbone)
-    if own:
-        runs.write_atomically(folder / "model.safetensors", model_bytes(backbone.model, **backbone.metadata))
+    if (folder / "encoder.json").exists():  # another encoder was here: nothing of it may seem to describe this one
+        for name in ("encoder.json", "config.json", "modules.json"):
+            (folder / name).unlink(missing_ok=True)
+    if isinstance(backbone, OwnBackbone):
+        kind = "own"
+        runs.write_atomically(folder / PLACES[kind], model_bytes(backbone.model, **backbone.metadata))
     else:
-        save_hugging_face(encoder, folder)
+        kind = "hugging face" if expressible(encoder) else "hugging face, apart"
+        save_hugging_face(backbone, folder / PLACES[kind])
+        if kind == "hugging face":
+            describe(encoder, folder)
     settings = {name: getattr(encoder, name) for name in ("mask", "pooling", "depth", "instruction")}
-    runs.write_json(folder / "encoder.json", {"backbone": "own" if own else "hugging face"} | settings)
+    runs.write_json(folder / "encoder.json", {"backbone": kind} | settings)
+    return kind == "hugging face"
 
 
-def save_hugging_face(encoder: Encoder, folder: Path) -> None:
-    """The model's folder, and around it what sentence-transformers looks for, where that can express the encoder."""
-    backbone = encoder.backbone
+def save_hugging_face(backbone: Backbone, folder: Path) -> None:
     model = backbone.model
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
@@ -125,22 +134,34 @@ def save_hugging_face(encoder: Encoder, folder: Path) -> None:
         tokenizer.padding_side = "right"
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.bos_token
         tokenizer.save_pretrained(folder)
-    if encoder.mask not in ("none", "causal", "fw") or encoder.depth not in (None, backbone.depth):
-        return
+
+
+def expressible(encoder: Encoder) -> bool:
+    """Whether sentence-transformers (6.2 was tried) can mean the same. It has no anti-causal mask, no depth and no
+    direction tokens. It takes an instruction for as many tokens as it has alone, one more than in front of a text where
+    a tokenizer glues its last space to the next word, and its weighted mean counts them."""
+    backbone, tokenizer = encoder.backbone, encoder.backbone.tokenizer
+    plain = encoder.mask in ("none", "causal", "fw") and encoder.depth in (None, backbone.depth) and not backbone.directions
+    if not plain or tokenizer is None or not encoder.instruction or encoder.pooling == "last":
+        return plain and tokenizer is not None
+    alone, (_, first) = backbone.encode([encoder.instruction])[0], backbone.encode([encoder.instruction, "A"])[1]
+    return encoder.pooling != "weighted_mean" and len(alone) - (alone[-1] in tokenizer.all_special_ids) == first
+
+
+def describe(encoder: Encoder, folder: Path) -> None:
+    """What sentence-transformers looks for around a model's files."""
     runs.write_json(folder / "config.json", runs.read_json(folder / "config.json") | {"is_causal": encoder.mask != "none"})
     kinds = {"mean": "mean_tokens", "weighted_mean": "weightedmean_tokens", "last": "lasttoken", "first": "cls_token"}
     pooling = {f"pooling_mode_{kind}": how == encoder.pooling for how, kind in kinds.items()}
-    pooling |= {"word_embedding_dimension": backbone.width, "include_prompt": False}
-    (folder / "1_Pooling").mkdir(exist_ok=True)
+    pooling |= {"word_embedding_dimension": encoder.backbone.width, "include_prompt": False}
     runs.write_json(folder / "1_Pooling" / "config.json", pooling)
-    runs.write_json(folder / "sentence_bert_config.json", {"max_seq_length": min(backbone.max_tokens, 8192), "do_lower_case": False})
+    runs.write_json(folder / "sentence_bert_config.json", {"max_seq_length": min(encoder.backbone.max_tokens, 8192), "do_lower_case": False})
     modules = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling")]
     kind = "sentence_transformers.models."
     listed = [{"idx": int(name), "name": name, "path": path, "type": kind + what} for name, path, what in modules]
     runs.write_atomically(folder / "modules.json", runs.json.dumps(listed, indent=2) + "\n")
-    if encoder.instruction:
-        runs.write_json(folder / "config_sentence_transformers.json",
-                        {"prompts": {"text": encoder.instruction}, "default_prompt_name": "text"})  # fmt: skip
+    prompts = {"prompts": {"text": encoder.instruction}, "default_prompt_name": "text"} if encoder.instruction else {}
+    runs.write_json(folder / "config_sentence_transformers.json", prompts)
 
 
 def load_encoder(folder: str | Path, device: str = "cpu", attention: str = "sdpa") -> Encoder:
@@ -150,7 +171,7 @@ def load_encoder(folder: str | Path, device: str = "cpu", attention: str = "sdpa
         raise EncoderError(f"{folder} holds no encoder: python experiments/text_encoder.py --save {folder} writes one")
     try:
         about = runs.read_json(folder / "encoder.json")
-        place = folder / "model.safetensors" if about.pop("backbone") == "own" else folder
+        place = folder / PLACES[about.pop("backbone")]
         return Encoder(load_backbone(str(place), device, attention), **about)
     except (KeyError, TypeError, BackboneError, runs.RunError) as error:
         raise EncoderError(f"{folder} holds a damaged encoder ({error}): write it again with --save") from None

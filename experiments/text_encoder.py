@@ -247,7 +247,8 @@ def run_grid(grid: list[Settings]) -> None:
         row = name | score(encoders[about], settings, tasks)
         row["seconds"] = round(time.perf_counter() - started, 2)
         if settings.save:
-            save(encoders[about], settings.save)
+            opened = save(encoders[about], settings.save)
+            print(f"kept in {settings.save}: for load_encoder" + (" and sentence-transformers" if opened else ", not for sentence-transformers"))
         rows = [old for old in rows if [old[column] for column in NAMED] != key]
         runs.write_table(out, [*rows, row], COLUMNS)
         print(f"{number}/{len(grid)}  {label}: {row['metric']} {row['score']:.4f}", flush=True)

@@ -197,8 +197,8 @@ def test_a_probe_reads_the_token_or_the_one_before():
     generator = torch.Generator().manual_seed(0)
     words = [" was", " the", " in", " of"]
     draw = lambda: torch.randint(0, 4, (9,), generator=generator).tolist()  # noqa: E731
-    sentences = lambda n: [tagging_data.Sentence([words[k] for k in ids], ["AB"[k % 2] for k in ids]) for ids in (draw() for _ in range(n))]  # noqa: E731
-    splits = [sentences(n) for n in (60, 20, 40)]
+    sentence = lambda ids: tagging_data.Sentence([words[k] for k in ids], ["AB"[k % 2] for k in ids])  # noqa: E731
+    splits = [[sentence(draw()) for _ in range(n)] for n in (60, 20, 40)]
     task, encoder = tagging_data.Task("words", *splits), Encoder(own(), mask="causal")
     found = {position: probes.word_probe(encoder, task, position, epochs=10, lr=0.05)["acc"] for position in probes.POSITIONS}
     assert found["i"] > 0.95 and found["i-1"] < 0.65
@@ -253,7 +253,8 @@ def test_the_ladder_is_climbed_once_and_completed_after_an_interruption(tmp_path
 
 
 def test_the_script_runs_as_a_user_runs_it(tmp_path, run_folder):
-    command = [sys.executable, "experiments/text_encoder.py", *FLAGS, "--model", run_folder, "--out", tmp_path / "x.csv", "--encoders", tmp_path / "x"]
+    command = [sys.executable, "experiments/text_encoder.py", *FLAGS, "--model", run_folder, "--encoders", tmp_path / "x"]
+    command += ["--out", tmp_path / "x.csv"]
     done = subprocess.run([*command, "--stage", "none", "--task", tmp_path / "pos"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "none i 10: acc" in done.stdout, done.stderr
     assert (tmp_path / "x.csv").read_text().startswith("model,stage,task")
@@ -307,10 +308,10 @@ def test_table_pairs_runs_by_seed_and_says_how_many_would_decide(tmp_path, capsy
     text_encoder.runs.write_table(tmp_path / "scores.csv", rows, text_encoder.COLUMNS)
     plot_text_encoder.main([str(tmp_path / "scores.csv")])
     out = capsys.readouterr().out
-    assert "| mntp | p_bw = 0.05 | 4 | 66.50 ± 2.05 | +5.00 ± 0.00 (n = 4) | better |" in out
+    assert "| mntp | 61.50 ± 2.05 | 66.50 ± 2.05 | +5.00 ± 0.00 (n = 4) | < 0.001 | **better** |" in out
     # differences -0.1, 0, 0.1, 0.2: mean 0.05, spread 0.129; t(0.975, 27) * 0.129 / sqrt(28) is the first below 0.05
-    assert "| causal | p_bw = 0.05 | 4 | 51.55 ± 2.26 | +0.05 ± 0.21 (n = 4) | undecided (about 29 seeds would decide) |" in out
-    assert (tmp_path / "scores.png").stat().st_size > 10_000
+    assert "| causal | 51.50 ± 2.05 | 51.55 ± 2.26 | +0.05 ± 0.21 (n = 4) | 0.495 | undecided (29 seeds) |" in out
+    assert (tmp_path / "scores.png").stat().st_size > 10_000 and (tmp_path / "scores_differences.png").stat().st_size > 10_000
     again = [row | {"model": row["model"].replace("abcdef", "123456")} for row in rows]
     text_encoder.runs.write_table(tmp_path / "scores.csv", rows + again, text_encoder.COLUMNS)
     with pytest.raises(SystemExit, match="two different runs"):
@@ -321,5 +322,25 @@ def test_table_pairs_runs_by_seed_and_says_how_many_would_decide(tmp_path, capsy
 
 def test_verdicts_have_a_side():
     values = torch.tensor([1.0, 1.1, 0.9]).numpy()
-    assert (plot_text_encoder.verdict(values, False), plot_text_encoder.verdict(values, True)) == ("better", "worse")
-    assert plot_text_encoder.verdict(-values, True) == "better" and "undecided" in plot_text_encoder.verdict(values[:2], False)
+    assert [plot_text_encoder.verdict(values, lower, 0.01) for lower in (False, True)] == ["**better**", "**worse**"]
+    assert plot_text_encoder.verdict(-values, True, 0.2) == "better, uncorrected"
+    assert "undecided" in plot_text_encoder.verdict(values[:2], False, float("nan"))
+
+
+def test_what_is_compared_is_corrected_and_what_cannot_be_paired_is_listed(tmp_path, capsys):
+    """Three variants of masked training, one with a difference; bw-only runs; a model that is no run of train.py."""
+    rows = []
+    for seed in range(3):
+        for p_bw, gain in (("0", 0), ("0.05", 0.05), ("1", 9)):
+            for target, style in (("i-1", "bert"), ("i", "bert"), ("i-1", "all")):
+                row = dict.fromkeys(text_encoder.COLUMNS, "") | {"task": "masked", "metric": "loss", "stage": "mntp", "seed": 10}
+                row |= {"model": f"runs/4x32_pbw{p_bw}_seed{seed}_abcdef", "mntp_target": target, "mntp_style": style}
+                rows.append(row | {"score": 1 + 0.1 * seed + gain * (target == "i") * (1 + 0.01 * seed)})
+    rows += [row | {"model": "gpt2", "stage": "none"} for row in rows[:1]]
+    text_encoder.runs.write_table(tmp_path / "scores.csv", rows, text_encoder.COLUMNS)
+    plot_text_encoder.main([str(tmp_path / "scores.csv")])
+    out = capsys.readouterr().out
+    assert "p_bw = 0.05 is |" in out and "bw only is |" in out and "| none | gpt2 | 1 | 1.000 |" in out
+    assert "| mntp | " in out and "| mntp (style all) | " in out and "(target i-1" not in out
+    worse = next(line for line in out.splitlines() if "| mntp (target i) |" in line)
+    assert worse.endswith("| < 0.001 | **worse** |")
