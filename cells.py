@@ -29,7 +29,7 @@ LATER_SETTINGS = {"unique_tokens": None, "dropout": 0.0}
 CELL_SETTINGS = ("depth", "width", "num_heads", "data", "bw_mask", *LATER_SETTINGS)
 # What tells the runs of one cell apart, and what cannot change what a run learns. Any other setting splits a cell.
 IGNORED_SETTINGS = (
-    "seed", "p_bw", "task", "study", "eval_every", "eval_epochs", "physical_tokens", "device", "compile",
+    "seed", "p_bw", "task", "study", "eval_every", "eval_epochs", "physical_tokens", "device", "compile", "attention", "ablations",
 )  # fmt: skip
 # What a comparison holds equal, and the column that counts it. The article's is tokens: those of both directions.
 BUDGETS = {"tokens": "tokens_total", "fw_tokens": "tokens_fw", "steps": "step", "seconds": "seconds"}

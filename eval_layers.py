@@ -48,11 +48,17 @@ def left_out(ablation: str, depth: int) -> list[tuple[int, int]]:
 
 def ablated(model: GPT, inputs: Tensor, mask: str, spans: list[tuple[int, int]], similarity: Similarity | None = None) -> Iterator[Tensor]:
     """Final hidden states (B, T, D) without the layers of each span. The states before any layer are computed once."""
-    states = list(model.states(model.embed(inputs), mask, model.blocks))
+    x, blocks = model.unrolled(inputs, mask)
+    states = [x]
+    for block in blocks:
+        states.append(block(states[-1]))
     if similarity is not None:
         similarity.add(states)
     for first, stop in spans:
-        yield model.norm(model.run_blocks(states[first], mask, model.blocks[stop:]))
+        x = states[first]
+        for block in blocks[stop:]:
+            x = block(x)
+        yield model.norm(x)
 
 
 class Similarity:

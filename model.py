@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import safetensors
@@ -267,12 +268,6 @@ class GPT(nn.Module):
 
     def run_blocks(self, x: Tensor, mask: str, blocks: nn.ModuleList | list[Block]) -> Tensor:
         """The residual stream x (B, T, D) through some of the model's blocks -> (B, T, D)."""
-        for x in self.states(x, mask, blocks):
-            pass
-        return x
-
-    def states(self, x: Tensor, mask: str, blocks: nn.ModuleList | list[Block]) -> Iterator[Tensor]:
-        """Yields the residual stream (B, T, D) before the first and after each of the given blocks."""
         if mask not in MASKS:
             raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {mask!r}")
         faster = "kernel" if x.is_cuda or x.shape[1] >= self.LONG else "plain"
@@ -280,13 +275,16 @@ class GPT(nn.Module):
         # Positions enter only through distance, so an anticausal pass is a causal pass over the mirrored sequence:
         # one kernel and one compiled graph serve both directions.
         mirrored = kernel and mask == "anticausal"
-        yield x
         x = x.flip(1) if mirrored else x
         if self.compiled:  # or a batch or length that happens to equal a width would be compiled as a constant
             torch._dynamo.maybe_mark_dynamic(x, (0, 1))
         for block in blocks:
             x = block(x, "causal" if mirrored else mask, kernel)
-            yield x.flip(1) if mirrored else x
+        return x.flip(1) if mirrored else x
+
+    def unrolled(self, tokens: Tensor, mask: str) -> tuple[Tensor, list[Callable[[Tensor], Tensor]]]:
+        """tokens (B, T) -> the residual stream (B, T, D) before the first block, and every block as a function of it."""
+        return self.embed(tokens), [partial(self.run_blocks, mask=mask, blocks=[block]) for block in self.blocks]
 
     def loss(self, windows: Tensor, direction: str, mask: str | None = None, direction_tokens: bool = True,
              counts: Tensor | None = None, denominator: int | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip

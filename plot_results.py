@@ -88,7 +88,8 @@ def _curves_panel(ax, by: dict, column: str, options: Options, scale: str, floor
         last = np.mean([y[-1] for _, y in lines])  # as in the tables; the mean's line ends where the first seed does
         labels.append((last, f"{variant.label}: {last:.3f}", colour))
         if variant.trains(column[:2]):
-            tops.append(np.interp(grid[0] + 0.1 * (grid[-1] - grid[0]), grid, mean))
+            early = grid[0] + 0.1 * (grid[-1] - grid[0])  # a model that was trained before may get worse at first
+            tops.append(max(np.interp(early, grid, mean), *mean[grid >= early]))
             lows.append(mean.min())
     if floor:
         ax.axhline(floor[0], color="0.35", linestyle="--", linewidth=1)

@@ -77,7 +77,14 @@ def _titled(study: Study, group: Group, content: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _fine_tuned(study: Study) -> bool:
+    """Whether experiments/finetune.py made all of it: the claims are about training from the start."""
+    return all("model" in run.settings for by in study.cells.values() for seeds in by.values() for run in seeds.values())
+
+
 def _verdicts(study: Study, variant: Variant | None) -> str:
+    if _fine_tuned(study):
+        return ""
     found = verdicts(study, variant)
     if not found:
         return "## Verdicts\n\nNo finished run of this study was trained in both directions."
@@ -221,7 +228,7 @@ def _figures(folder: Path) -> str:
 def _made(study: Study) -> str:
     runs = [run for by in (study.cells | study.limited).values() for seeds in by.values() for run in seeds.values()]
     lines = [f"python {command}" for command in sorted({run.config["command"] for run in runs if run.config.get("command")})]
-    lines += [f"python eval_layers.py {study.folder}"] * any(len(run.layers) for run in runs)
+    lines += [f"python eval_layers.py {study.folder}"] * (any(len(run.layers) for run in runs) and not _fine_tuned(study))
     lines += [f"python eval_context.py {study.folder}"] * any(study.folder.glob("*/context*.csv"))
     lines += [f"python plot_results.py {study.folder}", f"python plot_results.py {study.folder} --report"]
     seconds = sum(run.finished.get("seconds", 0) for run in runs)

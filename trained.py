@@ -50,6 +50,8 @@ def open_trained(run: Run, device: str, data: str | None = None) -> Trained:
     """Loads a finished run. RunError or DataError (one sentence) if it is unfinished or the text does not fit it."""
     if run.finished is None:
         raise RunError(f"{run.folder} is unfinished: continue it with the same python train.py command")
+    if "model" in run.settings:
+        raise RunError(f"{run.folder} holds a Hugging Face model, whose layers experiments/finetune.py has measured: it cannot be read here")
     val = open_tokens(find_folder(data or run["data"]), "val")
     own, about = val.meta["splits"]["val"]["sha256"] == run.config["data"]["sha256"]["val"], run.config["data"]
     if not own and data is None:

@@ -9,7 +9,8 @@
 - two tokens, FW and BW, are added to its vocabulary; their rows are trained, with LoRA on all blocks or with all weights
 - windows, framing, masks, direction draws and tables are those of train.py; p_bw = 0 is the control, paired by seed
 - an anti-causal pass counts positions from the right: see backbone.py
-- the row of step 0 is the model as it came; at the end layers.csv gets all cuts and model/ the weights, in the library's form
+- the row of step 0 is the model as it came; at the end eval_layers.py's tables are written (layers cut, left out singly and
+  in blocks), and model/ gets the weights, in the library's form
 - kill it whenever you like: the same command goes on from the last evaluation, and skips what is finished
 """
 
@@ -35,6 +36,7 @@ from tqdm import tqdm
 
 import runs
 from data.tokens import DataError, OfflineError, Tokens, TrainingWindows, find_folder, open_tokens, validation_windows
+from eval_layers import ABLATIONS, Similarity, ablate
 from experiments.backbone import ATTENTIONS, BackboneError
 from experiments.finetune_data import check_tokens
 from experiments.finetune_model import TwoWayModel, describe_model
@@ -44,6 +46,7 @@ from machine import choose_machine, provenance
 from model import evaluate
 from recipe import draw, share_done
 from runs import RunError
+from train import data_floor
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,14 @@ class Settings:
     # Measuring and machine: none of these changes what is learned
     study: str = Option("results/finetune", "folder that holds the runs")
     eval_every: int = Option(50, "steps between evaluations, each of them a place to go on from", 1)
+    ablations: str = Option("all", "layers to leave out at the end; cut: the last ones only, far less work for deep models", choices=("all", "cut"))
     physical_tokens: int | None = Option(None, "tokens computed at once, to fit a card; changes rounding only", 2)
     attention: str = Option("sdpa", "the library's implementation", choices=ATTENTIONS)
     device: str = Option("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
     compile = "off"  # no setting: the library's models are taken as they are
 
 
-OPERATIONAL = ("study", "eval_every", "physical_tokens", "attention", "device")  # not part of a run's name
+OPERATIONAL = ("study", "eval_every", "ablations", "physical_tokens", "attention", "device")  # not part of a run's name
 
 
 def full_settings(s: Settings) -> dict:
@@ -125,6 +129,7 @@ class Tuning:
         if settings.seq_len > model.backbone.max_tokens:
             raise BackboneError(f"{model.name} reads at most {model.backbone.max_tokens} tokens: lower --seq_len, now {settings.seq_len}")
         self.settings, self.model, self.train_tokens, self.val_tokens = settings, model.to(device), train, val
+        model.config.max_seq_len = settings.seq_len  # all is measured at the length of training
         self.device, self.dtype = device, dtype
         self.windows = TrainingWindows(train, "shuffled", settings.seed)
         self.highest_lr = settings.lr if settings.lr is not None else 2e-4 if settings.lora else 2e-5
@@ -176,16 +181,6 @@ class Tuning:
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 
-    def batches(self):
-        s = self.settings
-        return validation_windows(self.val_tokens, s.seq_len, max(1, (s.physical_tokens or s.batch_tokens) // s.seq_len))
-
-    def measure(self, direction: str, variants=None) -> list[dict[str, float]]:
-        """The whole validation split -> {"fw_loss", "fw_acc", "fw_ppl"}, or bw_..., for every variant of the model."""
-        with self.autocast():
-            results = evaluate(self.model, self.batches(), direction, variants=variants)
-        return [{f"{direction}_{name}": value for name, value in result.items()} for result in results]
-
     def evaluate(self) -> dict:
         """The row of curve.csv at this step."""
         s, p = self.settings, self.progress
@@ -193,18 +188,21 @@ class Tuning:
                "seq_len": s.seq_len, "p_bw": s.p_bw, "hit_cap": False}  # fmt: skip
         row |= {name: getattr(p, name) for name in runs.CURVE_COLUMNS if hasattr(p, name)}
         for direction in ("fw", "bw"):
-            row |= self.measure(direction)[0]
+            batches = validation_windows(self.val_tokens, s.seq_len, max(1, (s.physical_tokens or s.batch_tokens) // s.seq_len))
+            with self.autocast():
+                (result,) = evaluate(self.model, batches, direction)
+            row |= {f"{direction}_{name}": value for name, value in result.items()}
             if not math.isfinite(row[f"{direction}_loss"]):
                 raise RunError(f"the {direction} validation loss is {row[f'{direction}_loss']} at step {p.step}: lower --lr")
         return row
 
-    def cut_rows(self) -> list[dict]:
-        """The rows of layers.csv: the last layers removed, final norm and head stay."""
-        rows = [{"ablation": "cut", "layers_remaining": k + 1, "layer": None} for k in range(self.model.config.depth)]
-        for direction in ("fw", "bw"):
-            for row, result in zip(rows, self.measure(direction, self.model.cuts)):
-                row |= result
-        return rows[::-1]
+    def ablate(self) -> tuple[list[dict], list[dict]]:
+        """The rows of layers.csv and similarity.csv."""
+        s, similarities = self.settings, {"fw": Similarity(), "bw": Similarity()}
+        wanted = list(ABLATIONS) if s.ablations == "all" else [s.ablations]
+        with self.autocast():
+            rows = ablate(self.model, self.val_tokens, wanted, batch_tokens=s.physical_tokens or s.batch_tokens, similarities=similarities)
+        return rows, [row for direction, found in similarities.items() for row in found.rows(direction)]
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -238,8 +236,9 @@ class Tuning:
 
 def describe(tuning: Tuning, folder: Path, machine: str) -> dict:
     """config.json."""
-    meta, about_code = tuning.train_tokens.meta, provenance()
+    meta, about_code, (floor, floor_se) = tuning.train_tokens.meta, provenance(), data_floor(tuning.val_tokens)
     about_code["versions"] |= {name: version(name) for name in ("transformers", "peft")}
+    about_code["command"] = f"experiments/{about_code['command']}"
     return {
         "name": folder.name,
         "settings": full_settings(tuning.settings),
@@ -247,7 +246,7 @@ def describe(tuning: Tuning, folder: Path, machine: str) -> dict:
         "params_trained": sum(p.numel() for p in tuning.model.trained().values()),
         "data": {
             "name": meta["name"], "tokenizer": meta["tokenizer"], "train_tokens": len(tuning.train_tokens), "val_tokens": len(tuning.val_tokens),
-            "sha256": {split: meta["splits"][split]["sha256"] for split in ("train", "val")}, "floor": None, "floor_se": 0.0,
+            "sha256": {split: meta["splits"][split]["sha256"] for split in ("train", "val")}, "floor": floor, "floor_se": floor_se,
         },
         "device": machine,
         **about_code,
@@ -302,7 +301,9 @@ def tune(settings: Settings, folder: Path, claim: Claim) -> None:
             bar.refresh()
             if p.step % settings.eval_every == 0 or bar.n >= 1:
                 write_row(tuning, folder, claim)
-    runs.write_table(folder / "layers.csv", tuning.cut_rows(), runs.LAYERS_COLUMNS)
+    layers, similarity = tuning.ablate()
+    runs.write_table(folder / "layers.csv", layers, runs.LAYERS_COLUMNS)
+    runs.write_table(folder / "similarity.csv", similarity, runs.SIMILARITY_COLUMNS)
     claim.check()
     tuning.model.save(folder / "model")
     runs.write_json(folder / "finished.json", {

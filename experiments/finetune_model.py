@@ -1,4 +1,4 @@
-"""A Hugging Face causal LM that learns both directions: direction tokens, LoRA, loss in pieces, every cut in one pass.
+"""A Hugging Face causal LM that learns both directions: direction tokens, LoRA, loss in pieces, layers left out.
 
     about = describe_model("gpt2")                             # folder, depth, width, heads, a digest of the weights
     model = TwoWayModel.load("gpt2", about["folder"], lora=16, seed=100)
@@ -14,7 +14,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,8 +106,14 @@ def add_lora(lm: nn.Module, rows: list[int], rank: int) -> nn.Module:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def run_layer(layer: nn.Module, args: tuple, kwargs: dict, x: Tensor) -> Tensor:
+    """One of the library's layers as it was called with `args` and `kwargs`, but on another residual stream x (B, T, D)."""
+    out = layer(x, *args[1:], **kwargs)
+    return out if isinstance(out, Tensor) else out[0]
+
+
 class TwoWayModel(nn.Module):
-    """A causal LM with direction tokens. `loss`, `hidden`, `score` and `config` are as in model.GPT.
+    """A causal LM with direction tokens. `loss`, `hidden`, `unrolled`, `norm`, `score` and `config` are as in model.GPT.
 
     `lora` is the rank of the added matrices, 0 to train all weights. Always in evaluation mode: without dropout, so that
     paired runs see the same model.
@@ -119,9 +126,10 @@ class TwoWayModel(nn.Module):
         rows = add_direction_tokens(lm, tokenizer, name)
         self.lm, self.tokenizer, self.name = lm.eval(), tokenizer, name
         self.backbone = HuggingFaceBackbone(lm.base_model, tokenizer, name)
-        self.config = SimpleNamespace(vocab_size=rows[1] + 1, depth=self.backbone.depth)  # the last two ids are FW and BW
+        sizes = {"vocab_size": rows[1] + 1, "depth": self.backbone.depth, "max_seq_len": self.backbone.max_tokens}
+        self.config, self.norm = SimpleNamespace(**sizes), self.backbone.final_norm  # the last two ids are FW and BW
         self.params = sum(p.numel() for p in lm.parameters())
-        self.check_head()
+        self.check()
         torch.manual_seed(seed)  # of LoRA's first matrices; its second ones start at zero
         self.adapted = add_lora(lm, list(rows), lora) if lora else None
 
@@ -132,18 +140,24 @@ class TwoWayModel(nn.Module):
         return TwoWayModel(lm, tokenizer, name, lora, seed)
 
     @torch.no_grad()
-    def check_head(self) -> None:
-        """BackboneError unless the model's logits are its head's output: some models scale or cap them afterwards."""
-        seen = {}
+    def check(self) -> None:
+        """BackboneError unless the model is its layers, final norm and head, one after the other, and nothing more: some
+        models scale or cap their logits."""
+        tokens, seen = torch.arange(4)[None], {}
         hooks = [
             self.lm.base_model.register_forward_hook(lambda _, args, out: seen.update(states=out[0])),
             self.lm.get_output_embeddings().register_forward_hook(lambda _, args, out: seen.update(read=args[0], made=out)),
         ]
-        logits = self.lm(input_ids=torch.arange(4)[None]).logits
+        logits = self.lm(input_ids=tokens).logits
         for hook in hooks:
             hook.remove()
         if not (torch.equal(seen["states"], seen["read"]) and torch.equal(seen["made"], logits)):
             raise BackboneError(f"{self.name} does more to its logits than its head (scaling, capping): it cannot be trained here")
+        x, layers = self.unrolled(tokens, "causal")
+        for layer in layers:
+            x = layer(x)
+        if not torch.allclose(self.norm(x), self.hidden(tokens, "causal"), atol=1e-4):
+            raise BackboneError(f"{self.name} does more than its layers one after the other: they cannot be left out here")
 
     @property
     def head(self) -> Tensor:
@@ -160,11 +174,22 @@ class TwoWayModel(nn.Module):
         """tokens (B, T) without padding -> (B, T, D), after `depth` layers (default: all) and the final norm."""
         return self.backbone.states(tokens, torch.ones_like(tokens, dtype=torch.bool), mask, depth)
 
-    def cuts(self, tokens: Tensor, mask: str) -> Iterator[Tensor]:
-        """Final hidden states (B, T, D) with 1, 2, ... depth layers: one pass through them."""
-        out = self.backbone.run(tokens, torch.ones_like(tokens, dtype=torch.bool), mask, all_layers=True)
-        yield from map(self.backbone.final_norm, out.hidden_states[1:-1])
-        yield out.last_hidden_state
+    def unrolled(self, tokens: Tensor, mask: str) -> tuple[Tensor, list[Callable[[Tensor], Tensor]]]:
+        """tokens (B, T) -> the residual stream (B, T, D) before the first layer, and every layer as a function of it, with
+        the mask and positions that the library called it with in one pass over these tokens."""
+        calls = []
+
+        def note(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+            calls.append((layer, args, kwargs))
+
+        lists = [m for m in self.backbone.model.children() if isinstance(m, nn.ModuleList) and len(m) == self.config.depth]
+        if not lists:
+            raise BackboneError(f"{self.name} is a model whose layers were not found: it cannot be used here")
+        with ExitStack() as hooks:
+            for layer in lists[0]:
+                hooks.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
+            self.hidden(tokens, mask)
+        return calls[0][1][0], [functools.partial(run_layer, *call) for call in calls]
 
     def loss(self, windows: Tensor, direction: str, denominator: int | None = None) -> tuple[Tensor, Tensor]:
         """Cross-entropy of windows (B, L+1) in a direction -> (loss in nats per token, share of top-1 hits), scalars.

@@ -1,9 +1,11 @@
 """Fine-tuning a Hugging Face model in both directions: masks, direction rows, LoRA, tables, figures, resume, the command."""
 
+import copy
 import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +19,8 @@ pytest.importorskip("peft", reason="pip install -r experiments/requirements.txt"
 import plot_results
 import runs
 from conftest import ROOT
-from data.tokens import DataError, open_tokens
+from data.tokens import DataError, open_tokens, validation_windows
+from eval_layers import ABLATIONS, Similarity, ablate
 from experiments import finetune, finetune_data
 from experiments.backbone import BackboneError, load_backbone, pad
 from experiments.finetune_model import TwoWayModel, describe_model
@@ -38,13 +41,13 @@ def tokenizer():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<|endoftext|>")
 
 
-def language_model(kind: str, vocab_size: int = 257):
+def language_model(kind: str, vocab_size: int = 257, **sizes):
     """GPT-2 (positions learned, head tied), Llama (rotary, untied) and Llama with rows to spare and a tied head."""
     torch.manual_seed(1)
     config = {
-        "gpt2": lambda: transformers.GPT2Config(vocab_size=vocab_size, **GPT2),
-        "llama": lambda: transformers.LlamaConfig(vocab_size=vocab_size, **LLAMA),
-        "llama-tied": lambda: transformers.LlamaConfig(vocab_size=vocab_size + 7, tie_word_embeddings=True, **LLAMA),
+        "gpt2": lambda: transformers.GPT2Config(vocab_size=vocab_size, **GPT2 | sizes),
+        "llama": lambda: transformers.LlamaConfig(vocab_size=vocab_size, **LLAMA | sizes),
+        "llama-tied": lambda: transformers.LlamaConfig(vocab_size=vocab_size + 7, tie_word_embeddings=True, **LLAMA | sizes),
     }[kind]()
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
@@ -208,14 +211,31 @@ def test_loss_is_the_cross_entropy_of_the_framed_window():
         torch.testing.assert_close(evaluate(model, [windows.numpy()], direction)[0]["loss"], expected.item(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind, lora", [("gpt2", 0), ("llama", 4)])
 @torch.no_grad()
-def test_cuts_are_the_models_with_fewer_layers():
-    for kind in ("gpt2", "llama"):
-        model = two_way(kind)
-        tokens = torch.randint(200, (2, 9))
-        for k, states in enumerate(model.cuts(tokens, "anticausal"), 1):
-            torch.testing.assert_close(states, model.hidden(tokens, "anticausal", depth=k))
-        assert k == 2
+def test_layers_left_out_are_layers_taken_out(kind, lora, tmp_path):
+    """Every row of eval_layers.py's tables against the library's own model with those layers deleted from its list."""
+    val, depth, place = noise(tmp_path / "noise", V=200, size=2000)[1], 4, {"gpt2": "h", "llama": "layers"}[kind]
+    model = TwoWayModel(language_model(kind, **{"gpt2": {"n_layer": 4}, "llama": {"num_hidden_layers": 4}}[kind]), tokenizer(), kind, lora)
+    for parameter in model.trained().values():  # LoRA's second matrices start at zero
+        parameter.add_(0.1 * torch.randn(parameter.shape))
+    model.config.max_seq_len = 32
+    similarities = {"fw": Similarity(), "bw": Similarity()}
+    rows = ablate(model, val, list(ABLATIONS), batch_tokens=128, similarities=similarities)
+    assert Counter(row["ablation"] for row in rows) == {"cut": 4, "drop": 4, "block": 3 + 2}
+    assert {row["layer"] for row in rows if row["ablation"] == "drop"} == {0, 1, 2, 3} and {row["tokens"] for row in rows} == {len(val) - 1}
+    whole, losses = rows[0], set()
+    for row in rows:
+        small, kept = copy.deepcopy(model), row["layers_remaining"]
+        first = kept if row["ablation"] == "cut" else row["layer"]
+        del getattr(small.backbone.model, place)[first : first + depth - kept]
+        for direction in ("fw", "bw"):
+            (expected,) = evaluate(small, validation_windows(val, 32, 4), direction)
+            assert row[f"{direction}_loss"] == pytest.approx(expected["loss"], rel=1e-5)
+            losses.add(round(row[f"{direction}_loss"], 4))
+    assert len(losses) > 15 and kept < depth == whole["layers_remaining"]
+    for direction in ("fw", "bw"):
+        assert [row["block_size"] for row in similarities[direction].rows(direction)] == [1] * 4 + [2] * 3 + [3] * 2 + [4]
 
 
 def test_models_that_change_their_logits_are_refused():
@@ -261,16 +281,17 @@ def test_tables_are_read_and_drawn_as_those_of_our_own_runs(study, capsys):
         first, last = run.curve.iloc[0], run.curve.iloc[-1]
         assert last.fw_loss < first.fw_loss - 0.1 and (last.tokens_bw > 0) == (run["p_bw"] > 0)
         assert last.tokens_total == last.tokens_fw + last.tokens_bw and last.tokens_unique == last.tokens_fw == 6 * 128
-        assert list(run.layers.layers_remaining) == [2, 1] and run["depth"] == 2 and run["width"] == 32
+        assert list(run.layers.layers_remaining) == [2, 1, 1, 1] and run["depth"] == 2 and run["width"] == 32
         assert run.layers.fw_loss[0] == pytest.approx(last.fw_loss, abs=1e-5) and run.layers.bw_loss[0] == pytest.approx(last.bw_loss, abs=1e-5)
         assert 0 < run.config["params_trained"] < run.config["params"] / 2
     by = {(run["p_bw"], run["seed"]): run for run in found}
     measured = ["fw_loss", "bw_loss"]
     assert by[0, 100].curve.iloc[0][measured].equals(by[0.9, 101].curve.iloc[0][measured])  # the model as it came
     assert by[0.9, 100].curve.iloc[-1].bw_loss < by[0, 100].curve.iloc[-1].bw_loss - 0.1
-    plot_results.main([str(study)])
-    drawn = {path.name.split("_2x32")[0] for path in (study / "figures").glob("*.png")}
-    assert any(name.startswith("curves") for name in drawn) and any("ratio1" in name for name in drawn) and any("layers" in name for name in drawn)
+    expected = {"curves", "ratio1_training", "layers_cut_loss", "layers_drop_loss", "blocks_drop", "blocks_influence"}
+    plot_results.main([str(study), "--figure", *(name.removesuffix("_loss") for name in expected)])
+    drawn = {path.name.removesuffix(".png").removesuffix("_2x32") for path in (study / "figures").glob("*.png")}
+    assert drawn == expected
     assert "4 done" in status(study)
 
 
@@ -286,7 +307,7 @@ def test_finished_runs_are_skipped_and_their_models_serve_as_backbones(study, fo
     model = TwoWayModel(transformers.AutoModelForCausalLM.from_pretrained(run.folder / "model"), backbone.tokenizer)
     val = open_tokens(folders / "tokens", "val")
     for direction in ("fw", "bw"):
-        (result,) = evaluate(model, finetune.validation_windows(val, 32, 4), direction)
+        (result,) = evaluate(model, validation_windows(val, 32, 4), direction)
         assert result["loss"] == pytest.approx(run.curve.iloc[-1][f"{direction}_loss"], abs=1e-4)
     with torch.no_grad():
         states = backbone.states(*pad([ids, ids[:3] + ids[-1:]]), "bw")[0]
@@ -309,7 +330,7 @@ def test_killed_and_continued_is_as_if_nothing_had_happened(study, folders, tmp_
     finetune.main(flags(folders, tmp_path, "--p_bw 0.9 --seed 101"))
     assert count == [0, 1, 2, 3, 2, 3, 4, 5]
     (folder,) = tmp_path.iterdir()
-    for table in ("curve.csv", "layers.csv"):
+    for table in ("curve.csv", "layers.csv", "similarity.csv"):
         ours, theirs = (pd.read_csv(place / folder.name / table).drop(columns="seconds", errors="ignore") for place in (tmp_path, study))
         pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
     assert not (folder / "state.pt").exists()
