@@ -1,6 +1,8 @@
 """Labelled sentences for token classification: local files, the hub, toyworld; BIO checked; few-shot samples; scores.
 
     task = load_task("toyworld")                       # documents of the invented world with its own entity spans
+    task = load_task("toyworld-ahead")                 # the same documents; only words further on tell a label
+    task = load_task("toyworld-behind")                # its mirror image; only words before tell a label
     task = load_task("data/tagging/wnut17-ner")        # the files wnut17-ner.train.conll, .dev.conll and .test.conll
     task = load_task("conll2003")                      # also wnut17, ewt-pos: from the Hugging Face hub
     sample = few_shot(task.train, 16, seed=10)         # every label at least 16 times, as far as there are so many
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +25,7 @@ if not __package__:
 
 from data import toyworld
 from data.tokens import DataError, OfflineError
+from data.toyworld_facts import FAMILIES, MEN, OFFICES, WOMEN
 
 SPLITS = ("train", "dev", "test")
 # name -> repository, configuration, column of labels. The hub's own conversion to parquet: no code of theirs is run.
@@ -62,8 +66,8 @@ class Task:
 
 def load_task(name: str, toyworld_sizes: tuple[int, int, int] = (2000, 500, 1000)) -> Task:
     """A task by name or by the common beginning of its three files. DataError or OfflineError: one sentence."""
-    if name == "toyworld":
-        splits = toyworld_sentences(toyworld_sizes)
+    if name in TOYWORLD:
+        splits = toyworld_sentences(TOYWORLD[name], toyworld_sizes)
     elif name in HUB:
         splits = hub_sentences(name)
     else:
@@ -84,7 +88,7 @@ def read_conll(path: Path) -> list[Sentence]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist: a task is toyworld, {', '.join(HUB)}, or the beginning that the names of "
+        raise DataError(f"{path} does not exist: a task is {', '.join(TOYWORLD)}, {', '.join(HUB)}, or the beginning that the names of "
                         f"its .train.conll, .dev.conll and .test.conll have in common") from None  # fmt: skip
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
@@ -141,16 +145,62 @@ def hub_sentences(name: str) -> list[list[Sentence]]:
     return splits
 
 
-def toyworld_sentences(sizes: tuple[int, int, int], seed: int = 0) -> list[list[Sentence]]:
-    """Documents about the world of data/toyworld (seed 0), not those that were written to the token files."""
+# ---------------------------------------------------------------------------------------------------------------------
+# toyworld
+# ---------------------------------------------------------------------------------------------------------------------
+
+# After its subject, the first of these words says which fact about a person a sentence tells.
+FACTS = {
+    "born": "BIRTH", "died": "DEATH", "known": "CHARACTER", "travelled": "TRAVEL", "served": "OFFICE", **dict.fromkeys(OFFICES, "OFFICE"),
+    **dict.fromkeys(("married", "wife", "husband"), "MARRIAGE"), **dict.fromkeys(("teacher", "taught", "pupil", "learned"), "LESSON"),
+}  # fmt: skip
+
+
+def told(words: list[str]) -> list[tuple[int, int, int, str]]:
+    """(start, end, stop, fact) of each sentence that begins with a person: its subject is words [start, end), its full
+    stop word `stop`. Documents about towns have none, and neither have sentences that begin with a year."""
+    found, start = [], 0
+    for stop in (k for k, word in enumerate(words) if word == "."):
+        first, second = words[start : start + 2]
+        if first in WOMEN + MEN or (first == "The" and second in OFFICES):
+            end = start + 2
+        else:
+            end = start + (first in ("She", "He", *FAMILIES))
+        if end > start:
+            found.append((start, end, stop, next(FACTS[word] for word in words[end:stop] if word in FACTS)))
+        start = stop + 1
+    return found
+
+
+def ahead(document: toyworld.Document) -> list[tuple[int, int, str]]:
+    """Spans [start, end) over the subjects, labelled with the fact that the rest of the sentence tells. The facts come
+    in random order and no subject gives one away: what stands to the left only says which were told already."""
+    return [(start, end, fact) for start, end, _, fact in told(words_of(document))]
+
+
+def behind(document: toyworld.Document) -> list[tuple[int, int, str]]:
+    """The mirror image: the full stop of the same sentences, labelled with the fact that has just been told."""
+    return [(stop, stop + 1, fact) for _, _, stop, fact in told(words_of(document))]
+
+
+TOYWORLD = {"toyworld": toyworld.spans, "toyworld-ahead": ahead, "toyworld-behind": behind}
+
+
+def words_of(document: toyworld.Document) -> list[str]:
+    return [word for leaf in document.leaves for word in leaf.words][:-1]  # without the end-of-text token
+
+
+def toyworld_sentences(spans: Callable, sizes: tuple[int, int, int], seed: int = 0) -> list[list[Sentence]]:
+    """Documents about the world of data/toyworld (seed 0), not those that were written to the token files; the same ones
+    whatever their labels, which `spans` gives."""
     world, splits = toyworld.World(seed), []
     for split, size in zip(SPLITS, sizes):
         rng, sentences = random.Random(f"tagging {seed} {split}"), []
         for _ in range(size):
             document = toyworld.generate(world, rng)
-            words = [word for leaf in document.leaves for word in leaf.words][:-1]  # without the end-of-text token
+            words = words_of(document)
             labels = ["O"] * len(words)
-            for start, end, label in toyworld.spans(document):
+            for start, end, label in spans(document):
                 labels[start:end] = [f"B-{label}"] + [f"I-{label}"] * (end - start - 1)
             text = [word if k == 0 or word in ".," else " " + word for k, word in enumerate(words)]
             sentences.append(Sentence(text, labels))

@@ -1,6 +1,7 @@
 """Token classification from forward and backward states: named entities, parts of speech.
 
     python experiments/token_classification.py --task toyworld --model results/demo/RUN --features fw bw fw+bw
+    python experiments/token_classification.py --task toyworld-ahead --model RUN --features fw bw fw+bw none
     python experiments/token_classification.py --task data/tagging/wnut17-ner --model RUN_FW --model_bw RUN_BW --features fw+bw
     python experiments/token_classification.py --task data/tagging/wnut17-ner --model RUN_FW --model_bw OTHER_FW --features fw+fw
     python experiments/token_classification.py --task conll2003 --model gpt2 --features fw none --crf true --shots 4 16 64 256
@@ -10,8 +11,12 @@
 
 A word's features are the states at its first token: of the fw pass, of the bw pass, of both side by side, or of a pass
 without a mask. fw+fw, two forward models side by side, is the control: as wide as fw+bw, and as many models as two. The
-backbone stays frozen unless --finetune true. A flag with several values makes a grid; each
-combination adds one row to --out, and those found there are skipped.
+backbone stays frozen unless --finetune true. A flag with several values makes a grid; each combination adds one row to
+--out, and those found there are skipped.
+
+Which side of a word a task needs is known of two: toyworld-ahead tags the subject of a sentence about a person with the
+fact (birth, office, death, travel, ...) that the rest of the sentence goes on to tell, which nothing before it gives
+away; toyworld-behind, its mirror image, tags the full stop with the fact that has just been told.
 """
 
 from __future__ import annotations
@@ -43,7 +48,7 @@ from flags import Option, parse_grid
 class Settings:
     """What makes a row's name comes first; what only says where to work comes after `device`, and is not in the row."""
 
-    task: str = Option("toyworld", "toyworld, conll2003, wnut17, ewt-pos, or the beginning of X.train.conll, X.dev.conll, X.test.conll")
+    task: str = Option("toyworld", "toyworld (entities), toyworld-ahead, toyworld-behind, conll2003, wnut17, ewt-pos, or the X of X.train.conll")
     model: str = Option("", "a run of train.py, or a Hugging Face causal LM by local folder or hub name")
     model_bw: str | None = Option(None, "another model for the bw features, or the second fw ones; its size and its tokenizer may differ")
     features: str = Option("fw+bw", "states at each word", choices=("fw", "bw", "fw+bw", "fw+fw", "none"))

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import random
 from collections import Counter
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 pytest.importorskip("seqeval", reason="pip install -r experiments/requirements.txt")
 
 from conftest import ROOT
+from data import toyworld, toyworld_facts
 from data.tokens import DataError, OfflineError
 from experiments import plot_token_classification as plot
 from experiments import tagging_data as tagging
@@ -145,8 +147,8 @@ def test_the_control_is_two_forward_models_side_by_side(model, tmp_path, task):
     for place, name in enumerate((model, other)):
         alone, _ = tc.Features(tc.Settings(model=name, features="fw", device="cpu"), {}).batch(task.train[:3])
         assert torch.equal(both[..., 32 * place : 32 * (place + 1)], alone)
-    row = plot.pd.Series({"model": model, "model_bw": other, "features": "fw+fw"})
-    assert plot.system(row) == f"{tmp_path.name}/4x32_pbw0.5 & another seed: fw+fw"
+    row = plot.pd.Series({"model": model, "model_bw": other, "features": "fw+fw", "depth": ""})
+    assert plot.system(row, {}) == ("fw+fw", "p_bw = 0.5 & another seed", f"{tmp_path.name} 4x32", "")
 
 
 def test_two_models_of_other_sizes_and_tokenizers_meet_at_words(model, tmp_path, task):
@@ -225,6 +227,47 @@ def test_toyworlds_labels_are_its_spans(task):
     texts = [{"".join(s.words) for s in split} for split in (task.train, task.dev, task.test)]
     assert not texts[0] & texts[1] and not texts[0] & texts[2]
     assert {"B-PER", "I-PER", "B-TOWN", "B-YEAR"} <= set(task.labels)
+
+
+def test_ahead_and_behind_name_the_fact_that_each_sentence_tells():
+    """Against the grammar itself: every kind of sentence about a person, drawn on its own; none about towns."""
+    world, rng, met = toyworld.World(0, people=40, towns=10), random.Random(0), Counter()
+
+    def drawn(node) -> list[str]:
+        return [x for leaf in toyworld._walk(node, lambda choice: rng.randrange(len(choice.options))).leaves for x in leaf.words]
+
+    for person, first in itertools.product(world.people, (True, False)):
+        for kind, (_, node) in toyworld_facts.person_sentences(world, person, first).items():
+            words = drawn(node)
+            found = tagging.told(words)
+            assert [(start, stop, fact) for start, _, stop, fact in found] == [(0, len(words) - 1, kind.upper())] * (words[0] != "In"), words
+            assert not found or words[: found[0][1]] in (["He"], ["She"], [person.family], person.name.split(), ["The", person.office])
+            met[kind] += len(found)
+    assert len(met) == 7 and min(met.values()) > 10
+    assert not any(tagging.told(drawn(node)) for town in world.towns for _, node in toyworld_facts.town_sentences(world, town, True).values())
+
+
+def test_no_reader_of_the_left_can_tell_what_comes():
+    """The best guess of a subject's label from everything up to it, the world's facts given, is right 44 times in 100."""
+    world, rng, chances = toyworld.World(0), random.Random(1), []
+    documents = (toyworld.generate(world, rng) for _ in range(300))
+    for document in (document for document in documents if document.choices[0] == 0):  # about a person
+        words, person = tagging.words_of(document), world.people[document.choices[1]]
+        weights = {kind.upper(): weight for kind, (weight, _) in toyworld_facts.person_sentences(world, person, True).items()}
+        weights["OFFICE"] *= 2 / 3  # the other third begins with a year
+        facts, start = {start: fact for start, _, _, fact in tagging.told(words)}, 0
+        for stop in (k for k, word in enumerate(words) if word == "."):
+            if start in facts:
+                chances.append(max(weights.values()) / sum(weights.values()))
+            del weights[facts.get(start, "OFFICE")]
+            start = stop + 1
+    assert 0.43 < sum(chances) / len(chances) < 0.46
+
+
+def test_toyworlds_tasks_share_their_documents(task):
+    behind = tagging.load_task("toyworld-behind", (24, 8, 8))
+    assert [s.words for s in behind.test] == [s.words for s in task.test] and behind.spans
+    assert {word for s in behind.train for word, label in zip(s.words, s.labels) if label != "O"} == {"."}
 
 
 def test_few_shot_has_every_label_k_times_and_no_sentence_in_vain():
@@ -342,9 +385,16 @@ def test_table_and_figure_average_head_seeds_within_a_model(tmp_path, capsys):
     out = capsys.readouterr().out
     # means over models 55, 56, 57 and 65, 66, 67: half-width 4.303 * 1 / sqrt(3); the paired difference is exactly 10
     assert "56.00 ± 2.48" in out and "66.00 ± 2.48" in out and "+10.00 ± 0.00" in out and "| 3 |" in out
-    assert "| runs/4x32_pbw0 & runs/4x32_pbw1: fw+bw | 3 | 66.00 ± 2.48 | +10.00 ± 0.00 |  |" in out
-    assert (tmp_path / "scores.png").stat().st_size > 10_000
+    assert "| fw+bw, two models | p_bw = 0 & p_bw = 1 (runs 4x32) | 3 | 66.00 ± 2.48 | +10.00 ± 0.00 |  |" in out
+    assert (tmp_path / "scores_runs.png").stat().st_size > 10_000 and not (tmp_path / "few_shot.png").exists()
     encoder = "text-encoder/encoders/4x128_pbw0.05_seed100_aede38_mntp_219e7e/model.safetensors"
-    assert plot.short(encoder) == "encoders/4x128_pbw0.05 + mntp" and plot.short("gpt2") == "gpt2"
+    assert plot.short(encoder, {"4x128_pbw0.05_seed100_aede38": "demo"}) == ("p_bw = 0.05 + mntp", "demo 4x128")
+    assert plot.short(encoder, {})[1] == "encoders 4x128" and plot.short("gpt2", {}) == ("gpt2", "")
+    sampled = [row | {"shots": k, "crf": str(k > 4), "test": row["test"] + k / 1000} for row in rows for k in (4, 16)]
+    tc.runs.write_table(tmp_path / "scores.csv", sampled, tc.COLUMNS)
+    plot.main([str(tmp_path / "scores.csv")])
+    assert "| fw | p_bw = 0.5 | frozen + CRF |  | 57.60 ± 2.48 |" in capsys.readouterr().out and (tmp_path / "few_shot.png").exists()
+    tc.runs.write_json(tmp_path / "4x32_pbw1_seed3_abcdef" / "config.json", {"settings": {"task": "bw"}, "params": 1, "data": {}})
+    assert plot.short(str(tmp_path / "4x32_pbw1_seed3_abcdef"), {})[0] == "bw only"
     with pytest.raises(SystemExit, match="no results"):
         plot.main([str(tmp_path / "none.csv")])
