@@ -93,8 +93,8 @@ def race_ours(flags: list[str], every: int) -> list[dict]:
 def finish(ours: list[dict], theirs: list[dict]) -> dict:
     """When ours was first as good as theirs at its end: an evaluation, nothing in between is guessed."""
     reached = next((row for row in ours if row["fw_loss"] <= theirs[-1]["fw_loss"]), None)
-    end = theirs[-1]
-    return {"loss": end["fw_loss"], "hlb_seconds": end["seconds"], "seconds": reached and reached["seconds"], "reached_at": reached and reached["step"]}
+    end, (seconds, step) = theirs[-1], (reached["seconds"], reached["step"]) if reached else (None, None)
+    return {"loss": end["fw_loss"], "hlb_seconds": end["seconds"], "seconds": seconds, "reached_at": step}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
