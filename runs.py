@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 CURVE_COLUMNS = (
@@ -138,6 +139,11 @@ def read_table(path: str | Path, columns: tuple[str, ...]) -> pd.DataFrame:
         table = pd.read_csv(io.StringIO(text))
         if any(table.duplicated(list(keys)).any() for keys in KEYS if set(keys) <= set(table.columns)):
             raise ValueError("a row occurs twice")
+        for direction in ("fw", "bw"):
+            if {f"{direction}_loss", f"{direction}_ppl"} <= set(table.columns):  # written twice, so an altered number shows
+                loss, ppl = (pd.to_numeric(table[f"{direction}_{name}"], errors="coerce") for name in ("loss", "ppl"))
+                if ((np.log(ppl) - loss.clip(upper=700)).abs() > 1e-6).any():
+                    raise ValueError(f"{direction}_ppl is not exp({direction}_loss): a number was altered")
     except ValueError as error:  # pandas' and UnicodeDecodeError are ValueErrors
         raise RunError(f"{path} is damaged ({error}): restore it, or delete it and run the command that made it") from None
     for column in columns:

@@ -19,7 +19,7 @@ def plant_layers(folder, depth=4, windows=None, wrong=0.0):
     rows += [("drop" if n == 1 else "block", depth - n, l, 0.1 * n + 0.01 * l) for n in range(1, depth) for l in range(depth - n + 1)]  # noqa: E741
     table = [{"ablation": kind, "layers_remaining": left, "layer": l, "tokens": 100, "fw_loss": 2 * np.exp(x) + wrong, "bw_loss": 3 * np.exp(2 * x)}
              for kind, left, l, x in rows]  # fmt: skip  # noqa: E741
-    filled = [dict.fromkeys(runs.LAYERS_COLUMNS, 0.5) | row for row in table]
+    filled = [dict.fromkeys(runs.LAYERS_COLUMNS, 0.5) | row | {f"{d}_ppl": np.exp(row[f"{d}_loss"]) for d in ("fw", "bw")} for row in table]
     runs.write_table(folder / runs.table_name("layers", windows=windows), filled, runs.LAYERS_COLUMNS)
     similar = [{"direction": d, "layer": l, "block_size": n, "angular_distance": 0.02 * n + 0.001 * l, "tokens": 100,
                 "block_influence": 0.3 + (0.01 if d == "fw" else -0.01) * l}
@@ -116,7 +116,7 @@ def test_the_barrier_is_measured_above_the_line_between_the_ends(tmp_path, capti
         for weight in np.linspace(0, 1, 11):
             bump = 4 * weight * (1 - weight)
             row = {"run_a": a, "run_b": b, "weight": weight, "fw_loss": 3 + 2 * weight + height * bump, "bw_loss": 9 - 6 * weight - bump}
-            rows.append(dict.fromkeys(runs.MERGE_COLUMNS, 0.0) | row)
+            rows.append(dict.fromkeys(runs.MERGE_COLUMNS, 0.0) | row | {f"{d}_ppl": np.exp(row[f"{d}_loss"]) for d in ("fw", "bw")})
     gone = [row | {"run_b": "deleted"} for row in rows[:11]]
     runs.write_table(tmp_path / "merge.csv", rows + gone, runs.MERGE_COLUMNS)
     study = load(tmp_path)

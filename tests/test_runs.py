@@ -1,5 +1,6 @@
 """A run's folder: what is written is whole or absent, what is read is right or refused."""
 
+import math
 import os
 
 import pytest
@@ -64,3 +65,17 @@ def test_rows_that_differ_in_one_of_their_keys_are_not_doubled(tmp_path):
 def test_tables_of_other_texts_and_windows_have_names_of_their_own():
     names = {runs.table_name("context", data, windows) for data in (None, "wikitext") for windows in (None, 8)}
     assert names == {"context.csv", "context_wikitext.csv", "context_8windows.csv", "context_wikitext_8windows.csv"}
+
+
+def test_a_loss_altered_by_hand_is_found_in_any_table(tmp_path):
+    """Losses stand beside their exponentials, so one of the two gives the other away; an overflowing one is capped, as model.evaluate does."""
+    row = dict.fromkeys(runs.LAYERS_COLUMNS, 1) | {"ablation": "cut", "fw_loss": 0.75, "fw_ppl": math.exp(0.75), "bw_loss": 800.5, "bw_ppl": math.exp(700)}
+    path = tmp_path / "layers.csv"
+    runs.write_table(path, [row], runs.LAYERS_COLUMNS)
+    assert len(runs.read_table(path, runs.LAYERS_COLUMNS)) == 1
+    for old, new in (("0.75", "0.74"), (repr(math.exp(0.75)), "2.1")):
+        text = path.read_text()
+        path.write_text(text.replace(old, new, 1))
+        with pytest.raises(runs.RunError, match=r"layers.csv is damaged .fw_ppl is not exp.fw_loss.: a number was altered"):
+            runs.read_table(path, runs.LAYERS_COLUMNS)
+        path.write_text(text)
