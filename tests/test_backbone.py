@@ -1,16 +1,18 @@
 """Backbones: each mask hides what it says and nothing else, in padded batches, for every kind of model and attention."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
 from experiments.backbone import Backbone, BackboneError, HuggingFaceBackbone, OwnBackbone, load_backbone, pad
-from model import GPT, GPTConfig, model_bytes
+from model import model_bytes
 
 transformers = pytest.importorskip("transformers", reason="pip install -r experiments/requirements.txt")
+import tiny_backbones  # noqa: E402
 
-METADATA = {"tokenizer": "toyworld", "bw_mask": "anticausal", "direction_tokens": True}
+own = partial(tiny_backbones.own, 3, 40)
 SIZES = {"vocab_size": 61, "max_position_embeddings": 64}
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
 CONFIGS = {
@@ -20,16 +22,6 @@ CONFIGS = {
     "qwen2": lambda: transformers.Qwen2Config(**SIZES, **LLAMA),
 }
 LENGTHS = (9, 5, 12, 1, 9)
-
-
-def own(**metadata) -> OwnBackbone:
-    model = GPT(GPTConfig(depth=3, width=32, vocab_size=896, max_seq_len=40), seed=2)
-    with torch.no_grad():
-        model.embedding.mul_(20)
-        for block in model.blocks:
-            block.project.mul_(10)
-            block.slope.fill_(-2)  # so that distant tokens are felt
-    return OwnBackbone(model.eval(), METADATA | metadata)
 
 
 def hugging_face(kind: str, attention: str = "sdpa") -> HuggingFaceBackbone:
@@ -207,7 +199,7 @@ def test_own_runs_load_by_folder_and_by_file(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"settings": {}}))
     with pytest.raises(BackboneError, match="finished run"):
         load_backbone(str(tmp_path))
-    (tmp_path / "model.safetensors").write_bytes(model_bytes(own().model, **METADATA))
+    (tmp_path / "model.safetensors").write_bytes(model_bytes(own().model, **tiny_backbones.METADATA))
     for name in (tmp_path, tmp_path / "model.safetensors"):
         backbone = load_backbone(str(name))
         assert isinstance(backbone, OwnBackbone) and backbone.max_tokens == 38

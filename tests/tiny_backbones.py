@@ -15,13 +15,13 @@ LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 TEXTS = ["Adela Abend was born in Alderby.", "She died.", "The bridge of Belford crosses the Arvel in the north.", "He taught music."]
 
 
-def own(**metadata) -> OwnBackbone:
-    model = GPT(GPTConfig(depth=2, width=32, vocab_size=896, max_seq_len=64), seed=2)
+def own(depth: int = 2, max_seq_len: int = 64, **metadata) -> OwnBackbone:
+    model = GPT(GPTConfig(depth, width=32, vocab_size=896, max_seq_len=max_seq_len), seed=2)
     with torch.no_grad():
         model.embedding.mul_(20)
         for block in model.blocks:
             block.project.mul_(10)
-            block.slope.fill_(-2)
+            block.slope.fill_(-2)  # so that distant tokens are felt
     return OwnBackbone(model.eval(), METADATA | metadata)
 
 
