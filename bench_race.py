@@ -117,6 +117,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace, command: str) -> Path:
     names = ("data", "depth", "width", "max_seq_len", "steps", "seed", "device", "batch_tokens")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    peer = args.peers / "hlb-gpt" / "main.py"
+    if not peer.exists():
+        raise ValueError(f"--peers {args.peers}: there is no {peer}; bench_peers.py says how to get it")
     settings = resolve(Settings(**given))
     vocab_size = padded_vocab_size(open_tokens(find_folder(settings.data), "train").meta["vocab_size"])
     params = GPT(GPTConfig(args.depth, args.width, vocab_size=vocab_size, max_seq_len=args.max_seq_len)).num_params()
@@ -124,7 +127,7 @@ def run(args: argparse.Namespace, command: str) -> Path:
     device, _, _, machine = choose_machine(settings)
     print(machine, "hlb-gpt's own code:", sep="\n")
     torch.manual_seed(args.seed)
-    theirs = race_hlb(args.peers / "hlb-gpt" / "main.py", settings, vocab_size, args.eval_every)
+    theirs = race_hlb(peer, settings, vocab_size, args.eval_every)
     ours = race_ours([part for name in names for part in (f"--{name}", str(getattr(settings, name)))], args.eval_every)
     result = finish(ours, theirs) | {name: getattr(settings, name) for name in names} | {"ours": ours, "theirs": theirs}
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None

@@ -148,7 +148,7 @@ def test_our_side_of_a_race_is_a_run_of_train(corpus):
     assert [row["step"] for row in rows] == [2, 4] and 0 < rows[0]["seconds"] < rows[1]["seconds"] and all(row["fw_loss"] < 7 for row in rows)
 
 
-@pytest.mark.parametrize("flags, message", [("--steps 30", "multiple of --eval_every"), ("--data nothing", "nothing"), ("", "main.py")])
+@pytest.mark.parametrize("flags, message", [("--steps 30", "multiple of --eval_every"), ("--peers nowhere", "bench_peers.py says how")])
 def test_a_race_that_cannot_start_says_why(corpus, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
         bench_race.main(f"--data {corpus} --peers {tmp_path} --depth 1 --width 32 --out {tmp_path} {flags}".split())
