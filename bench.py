@@ -2,7 +2,6 @@
 
     python bench.py                                     # 8 x 384 in full, steps of 4 x 512 tokens (a GPU: 32 x 1024)
     python bench.py --all --peers ../peers --text DIR   # everything: other sizes, lengths 32..4096, peers, prepare.py
-    python bench.py --depth 4 --width 192 --seq_len 128 --batch 16 --repeats 9
     python bench.py --report                            # only the tables and the figure, from the files already there
 
 - writes one JSON file per run into results/bench/, then speed.png and the tables of README.md (bench_report.py)
@@ -190,15 +189,13 @@ def made_up_data(folder: Path, case: Case) -> Path:
 
 
 def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    torch.cuda.synchronize() if device.type == "cuda" else None
 
 
 def medians(work: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, dict[str, float]]:
     """Milliseconds per call: {name: {"ms": median, "low": fastest, "high": slowest}}.
 
-    In every repeat each function has its turn: what slows the machine down for a while slows all of them down.
-    """
+    In every repeat each function has its turn: what slows the machine down for a while slows all of them down."""
     times, calls = {name: [] for name in work}, dict.fromkeys(work, 1)
     for repeat in range(-2, repeats):  # two to warm up; the second says how many calls take 0.2 s
         for name, function in work.items():
@@ -275,13 +272,12 @@ def steady_state(case: Case, data: str, full: bool) -> dict:
     if case.peers:
         work |= bench_peers.steps(Path(case.peers), case, training.train_tokens.data, device, dtype, compiled)
     times = medians(work, case.repeats, device)
-    about = provenance()
     return {
         **asdict(case), "full": full, "params": training.model.num_params(), "flops": flops(training.model.config, case.batch, case.seq_len),
         "peak_flops_per_s": 1000 * product_flops / times["peak"]["low"], "times": times,
         "idle": idle_share(functools.partial(step, "fw")) if full and device.type == "cuda" else None,
         "device": device.type, "dtype": str(dtype)[6:], "compiled": compiled, "machine": machine,
-        "versions": about["versions"], "git_commit": about["git_commit"], "load": os.getloadavg()[0], "cores": os.cpu_count(),
+        "load": os.getloadavg()[0], "cores": os.cpu_count(), **{name: provenance()[name] for name in ("versions", "git_commit")},
     }  # fmt: skip
 
 
@@ -307,20 +303,24 @@ def measure(case: Case, full: bool) -> dict:
             del os.environ["TORCHINDUCTOR_CACHE_DIR"]
 
 
-def measure_prepare(text: Path) -> dict[str, float]:
-    """MB of text per second: tiktoken in one thread on the documents in memory, and data/prepare.py from file to file."""
+def measure_prepare(text: Path, megabytes: int = 200) -> dict[str, float]:
+    """MB of text per second: tiktoken in one thread on documents in memory, and data/prepare.py from file to file, of
+    the text as it lies there and of so many megabytes of it as one .txt file, where reading and starting take no time."""
     splits, _ = local_splits(text, "text", 0.01)
     texts = ["".join(block for block, _ in blocks) for split in splits.values() for blocks, _ in split]
-    megabytes = sum(len(document.encode()) for document in texts) / 1e6
+    size = sum(len(document.encode()) for document in texts)
     tokenizer_of("gpt2").encode_ordinary(texts[0][:1000])
     start = time.perf_counter()
     [tokenizer_of("gpt2").encode_ordinary(document) for document in texts]
-    single = time.perf_counter() - start
+    rates = {"megabytes": size / 1e6, "cores": os.cpu_count(), "tiktoken_mb_per_s": size / 1e6 / (time.perf_counter() - start)}
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
-        start = time.perf_counter()
-        prepare([str(text), "--out", str(Path(folder) / "tokens")])
-        ours = time.perf_counter() - start
-    return {"megabytes": megabytes, "cores": os.cpu_count(), "tiktoken_mb_per_s": megabytes / single, "prepare_mb_per_s": megabytes / ours}
+        plain, copies = Path(folder) / "plain.txt", math.ceil(1e6 * megabytes / size)
+        plain.write_text("".join(texts) * copies, encoding="utf-8", newline="")
+        for name, source, amount in (("prepare", text, size), ("plain", plain, copies * size)):
+            start = time.perf_counter()
+            prepare([str(source), "--out", str(Path(folder) / name)])
+            rates[f"{name}_mb_per_s"] = amount / 1e6 / (time.perf_counter() - start)
+    return rates | {"plain_megabytes": copies * size / 1e6}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -155,9 +155,11 @@ def race_words(race: dict) -> str:
 
 
 def prepare_words(figures: dict) -> str:
-    share = figures["prepare_mb_per_s"] / figures["cores"] / figures["tiktoken_mb_per_s"]
-    return (f"{share:.2f} x ({figures['prepare_mb_per_s']:.1f} MB/s on {figures['cores']} cores, tiktoken {figures['tiktoken_mb_per_s']:.1f} MB/s "
-            f"on one, {figures['megabytes']:.0f} MB of text)")  # fmt: skip
+    full = figures["cores"] * figures["tiktoken_mb_per_s"]
+    words = f"{figures['prepare_mb_per_s'] / full:.2f} x for {figures['megabytes']:.0f} MB of text as it lies there"
+    if "plain_mb_per_s" in figures:
+        words = f"{figures['plain_mb_per_s'] / full:.2f} x for {figures['plain_megabytes']:.0f} MB of plain text, {words}"
+    return f"{words} (tiktoken: {figures['tiktoken_mb_per_s']:.1f} MB/s on one of {figures['cores']} cores)"
 
 
 def spread(point: dict, name: str) -> str:

@@ -8,7 +8,7 @@ model.py stands on them; they know nothing of it. Letters: N tokens, D width, V 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ def norm(gradient: Tensor) -> Tensor:
     return torch.stack([part.float().norm() for part in gradient.flatten().split(2**18)]).norm()
 
 
-def softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logits (N, V), targets (N, 1) -> loss in nats, top-1 hit, and exp(logits - top) (N, V) with its sum; all float32."""
     powers = logits.float()
     top, best = powers.max(-1, keepdim=True)
@@ -58,47 +58,74 @@ def softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tenso
     return total.log() + top - target, best == targets, powers, total
 
 
+def softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (N, V), targets (N, 1) -> loss in nats and top-1 hit, both (N, 1)."""
+    return softmax(logits, targets)[:2]
+
+
+def softmax_gradient(logits: Tensor, targets: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of losses and hits as (2,), and the targets' gradient (N, 1); logits (N, V) make way for that of all others.
+
+    The gradient is that of the summed losses / denominator (a scalar). The targets' own, p - 1, is left to the caller to
+    put in its place: a compiler would copy all logits for that. It is computed in float32, where p near 1 is not yet 1.
+    """
+    loss, hits, powers, total = softmax(logits, targets)
+    scale = 1 / (denominator * total)
+    at_target = powers.gather(-1, targets) * scale - 1 / denominator
+    logits.copy_(powers.mul_(scale))
+    return torch.stack([loss.sum(), hits.sum()]), at_target.to(logits.dtype)
+
+
+def parts(logits: Tensor, targets: Tensor, whole: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows of both, some at a time: on a CPU those that fit a core's cache, which makes a softmax twice as fast.
+
+    All at once for a GPU, and for compiled functions, which go through memory row by row anyway (`whole`).
+    """
+    rows = len(logits) if whole or logits.is_cuda else max(1, HeadLoss.PART // logits.shape[1])
+    for part in zip(logits.split(rows), targets.split(rows)):
+        if whole:  # or the length of the last rows would be one more graph
+            for tensor in part:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        yield part
+
+
 class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of a linear head, and its gradients, a chunk of tokens at a time.
 
     The logits are never all in memory, and never computed twice: the loss is a scalar, so its gradient is known up to
-    a factor as soon as a chunk's logits are.
+    a factor as soon as a chunk's logits are. `gradient` is softmax_gradient, or what torch.compile made of it.
     """
 
     CHUNK = 2048  # tokens per matrix product; 2048 x 50304 logits are 200 MB in bf16
-    PART = 2**20  # logits per softmax on a CPU: they fit a core's cache, which makes it twice as fast as a whole chunk
+    PART = 2**20  # logits of a part: see `parts`
 
     @staticmethod
-    def parts(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        rows = len(logits) if logits.is_cuda else max(1, HeadLoss.PART // logits.shape[1])
-        return zip(logits.split(rows), targets.split(rows))
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, denominator: int) -> tuple[Tensor, Tensor]:
-        loss = torch.zeros((), device=hidden.device)
-        hits = torch.zeros((), device=hidden.device)
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, denominator: int,
+                gradient: Callable[..., tuple[Tensor, Tensor]] = softmax_gradient) -> tuple[Tensor, Tensor]:  # fmt: skip
+        sums = torch.zeros(2, device=hidden.device)
+        whole, divisor = gradient is not softmax_gradient, sums.new_full((), denominator)
         grad_hidden = torch.empty_like(hidden)
         buffer = hidden.new_empty(min(HeadLoss.CHUNK, len(hidden)), len(weight))
         for start in range(0, len(targets), HeadLoss.CHUNK):
             piece = slice(start, start + HeadLoss.CHUNK)
             x, y = hidden[piece], targets[piece, None]
             logits = torch.mm(x, weight.T, out=buffer[: len(x)])
-            for part, target in HeadLoss.parts(logits, y):
-                part_loss, hit, powers, total = softmax_loss(part, target)
-                loss += part_loss.sum()
-                hits += hit.sum()
-                # The logits make way for their gradient: softmax minus one at the target.
-                part.copy_(powers.mul_(1 / (denominator * total)).scatter_add_(-1, target, powers.new_full(target.shape, -1 / denominator)))
+            for part, target in parts(logits, y, whole):
+                figures, at_target = gradient(part, target, divisor)
+                part[torch.arange(len(part), device=part.device)[:, None], target] = at_target  # scatter_ of bf16 takes 100 times as long on a CPU
+                sums += figures
             torch.mm(logits, weight, out=grad_hidden[piece])
             product = logits.T @ x
             grad_weight = product if start == 0 else grad_weight.float().add_(product)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight.dtype
-        hits = hits / denominator
+        loss, hits = (sums / denominator).unbind()
         ctx.mark_non_differentiable(hits)
-        return loss / denominator, hits
+        return loss, hits
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx, grad: Tensor, _) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(grad), grad_weight.mul_(grad).to(ctx.dtype), None, None
+        if grad.is_cuda or grad != 1:  # asking a GPU would mean waiting for it
+            grad_hidden, grad_weight = grad_hidden.mul_(grad), grad_weight.mul_(grad)
+        return grad_hidden, grad_weight.to(ctx.dtype), None, None, None

@@ -29,6 +29,8 @@ def line(a: GPT, b: GPT, points: int) -> Iterator[tuple[float, GPT]]:
     """Yields (weight, model) from a (0) to b (1), both exact. One model that changes; a and b do not."""
     ends = (a.state_dict(), b.state_dict())
     merged = GPT(a.config, attention=a.attention).to(a.head.device, a.head.dtype).eval()
+    if a.compiled:
+        merged.compile_parts()
     for k in range(points):
         weight = k / (points - 1)
         merged.load_state_dict({name: torch.lerp(x.float(), ends[1][name].float(), weight).to(x.dtype) for name, x in ends[0].items()})

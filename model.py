@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradients import CountedEmbedding, HeadLoss, softmax_loss, token_counts
+from gradients import CountedEmbedding, HeadLoss, parts, softmax_gradient, softmax_loss, token_counts
 
 MASKS = ("causal", "anticausal", "none", "flipped")
 MASK_OF = {"fw": "causal", "bw": "anticausal"}  # the mask that belongs to a direction
@@ -216,6 +216,7 @@ class GPT(nn.Module):
         if attention not in (None, "plain", "kernel"):
             raise ValueError(f'attention must be "plain", "kernel" or None, got {attention!r}')
         self.config, self.attention, self.compiled = config, attention, False
+        self.softmax_loss, self.softmax_gradient = softmax_loss, softmax_gradient
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, bias=False)
@@ -238,11 +239,16 @@ class GPT(nn.Module):
     def num_params(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def compile_blocks(self, **options) -> GPT:
-        """Compiles the block with torch.compile(**options): one graph for all blocks, lengths, batches and directions."""
-        self.compiled = True
+    def compile_parts(self, **options) -> GPT:
+        """Compiles the block and the head's softmax with torch.compile(**options).
+
+        One graph each for all blocks, lengths, batches and directions, and one more where no gradient is taken. Models
+        of other widths in the same process need their own: more than the few that torch allows for before it gives up.
+        """
+        self.compiled, torch._dynamo.config.recompile_limit = True, 64
         for block in self.blocks:
             block.compile(**options)
+        self.softmax_loss, self.softmax_gradient = (torch.compile(f, **options) for f in (softmax_loss, softmax_gradient))
         return self
 
     def forward(self, tokens: Tensor, mask: str, depth: int | None = None) -> Tensor:
@@ -294,15 +300,15 @@ class GPT(nn.Module):
         """
         inputs, targets = frame(windows, direction, self.config.vocab_size, direction_tokens)
         hidden = self.hidden(inputs, mask or MASK_OF[direction], counts=counts)
-        return HeadLoss.apply(hidden.flatten(0, 1), self.head, targets.flatten(), denominator or targets.numel())
+        return HeadLoss.apply(hidden.flatten(0, 1), self.head, targets.flatten(), denominator or targets.numel(), self.softmax_gradient)
 
     @torch.no_grad()
     def score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """hidden (B, T, D) after the final norm, targets (B, T) -> per-token loss (B, T) in nats, top-1 hit (B, T)."""
         losses, hits = [], []
         for x, y in zip(hidden.flatten(0, 1).split(HeadLoss.CHUNK), targets.reshape(-1, 1).split(HeadLoss.CHUNK)):
-            for part, target in HeadLoss.parts(F.linear(x, self.head), y):
-                loss, hit, _, _ = softmax_loss(part, target)
+            for part, target in parts(F.linear(x, self.head), y, self.compiled):
+                loss, hit = self.softmax_loss(part, target)
                 losses.append(loss)
                 hits.append(hit)
         return torch.cat(losses).reshape(targets.shape), torch.cat(hits).reshape(targets.shape)

@@ -84,7 +84,7 @@ class Training:
         )  # fmt: skip
         self.model = GPT(config, settings.seed).to(device, dtype)
         if compiled:
-            self.model.compile_blocks()
+            self.model.compile_parts()
         self.recipe = Recipe(settings, self.model.num_params())
         self.optimizer = make_optimizer(self.model)
         self.progress = Progress(p_bw=settings.p_bw, micro_batches=settings.micro_batches or 0.1)

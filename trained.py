@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from data.tokens import DataError, Tokens, find_folder, num_scored, open_tokens, validation_windows
+from machine import has_compiler
 from model import GPT, load_model
 from runs import Run, RunError, read_run, read_study
 
@@ -47,7 +48,10 @@ class Trained:
 
 
 def open_trained(run: Run, device: str, data: str | None = None) -> Trained:
-    """Loads a finished run. RunError or DataError (one sentence) if it is unfinished or the text does not fit it."""
+    """Loads a finished run. RunError or DataError (one sentence) if it is unfinished or the text does not fit it.
+
+    The model is compiled where that pays off; TORCH_COMPILE_DISABLE=1 in the environment, torch's own switch, prevents it.
+    """
     if run.finished is None:
         raise RunError(f"{run.folder} is unfinished: continue it with the same python train.py command")
     if "model" in run.settings:
@@ -60,6 +64,8 @@ def open_trained(run: Run, device: str, data: str | None = None) -> Trained:
         raise DataError(f"{val.folder} holds tokens of {val.meta['tokenizer']!r}, but {run.folder} was trained on those of {about['tokenizer']!r}: "
                         f"prepare the text with --tokenizer {about['tokenizer']}")  # fmt: skip
     model, metadata = load_model(run.folder / "model.safetensors", device)
+    if has_compiler(device):
+        model.compile_parts()
     return Trained(run, model, metadata["bw_mask"], metadata["direction_tokens"], val, None if own else val.folder.name)
 
 

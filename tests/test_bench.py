@@ -120,12 +120,12 @@ def test_targets_are_computed_as_the_issue_states_them():
     times = {"fw": 500.0, "bw": 505.0, "fw+bw": 1010.0, "reference": 900.0, "hlb-gpt": 1600.0, "products": 400.0, "evaluation": 100.0, "cuts": 250.0}
     gpu = {"device": "cuda", "points": [fake_point("cuda", 8, 384, 1024, **times), fake_point("cuda", 32, 1536, 1024, **times)]}
     cpu = {"device": "cpu", "points": [fake_point("cpu", 8, 384, 512, **times)], "prepare": {
-        "megabytes": 60.0, "cores": 2, "tiktoken_mb_per_s": 5.0, "prepare_mb_per_s": 9.5}}  # fmt: skip
+        "megabytes": 60.0, "cores": 2, "tiktoken_mb_per_s": 5.0, "prepare_mb_per_s": 7.5, "plain_mb_per_s": 9.5, "plain_megabytes": 240.0}}  # fmt: skip
     table = bench_report.targets([gpu, cpu])
     for text, value in (
         ("at least 3 x hlb-gpt", "3.20 x"), ("at least 45 %", "50.0%"), ("bw costs", "1.010"), ("p_bw = 0.05 costs", "1.051"),
         ("at most 1/3", "0.25"), ("first step within", "30.0 s"), ("all cuts", "2.50 x"), ("1.15 x hlb", "3.20 x"), ("1.25 x", "1.25 x"),
-        ("prepare.py", "0.95 x"), ("16 x 1536", "not measured"),
+        ("prepare.py", "0.95 x for 240 MB of plain text, 0.75 x for 60 MB"), ("16 x 1536", "not measured"),
     ):  # fmt: skip
         (row,) = [line for line in table.splitlines() if text in line]
         assert row.split("|")[3].strip().startswith(value), row

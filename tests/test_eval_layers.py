@@ -1,8 +1,10 @@
 """Ablations: equal to models really cut, no work done twice, planted identities, and the script as a user runs it."""
 
 import copy
+import functools
 import math
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -179,3 +181,24 @@ def test_other_validation_tokens_and_missing_weights_are_named(corpus, tmp_path)
     (folder / "config.json").write_text(config)
     with pytest.raises(SystemExit, match="other validation tokens"):
         eval_layers.main([str(folder)])
+
+
+def test_compiled_models_are_measured_alike(corpus, tmp_path, monkeypatch):
+    """As on CUDA: all scripts that measure trained models compile them there."""
+    import eval_context
+    import merge
+    import trained
+
+    a, b = study_of(corpus, tmp_path, "--depth 2 --p_bw 0 0.5 --dtype float32")
+    scripts = ((eval_layers, [str(a)]), (eval_context, [str(a)]), (merge, [str(a), str(b), "--points", "3"]))
+    names, tables = ("layers.csv", "similarity.csv", "context.csv", "documents.csv"), []
+    for compiled in (False, True):
+        if compiled:
+            monkeypatch.setattr(trained, "has_compiler", lambda device: True)
+            monkeypatch.setattr(GPT, "compile_parts", functools.partialmethod(GPT.compile_parts, backend="aot_eager"))
+        for script, arguments in scripts:
+            script.main([*arguments, "--device", "cpu", *(["--again"] if script is not merge else [])])
+        tables.append([pd.read_csv(path) for path in [*(a / name for name in names), tmp_path / "merge.csv"]])
+    assert trained.open_trained(runs.read_run(a), "cpu").model.compiled
+    for plain, fast in zip(*tables):
+        pd.testing.assert_frame_equal(plain, fast, rtol=1e-4, atol=1e-6)

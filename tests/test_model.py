@@ -25,7 +25,7 @@ def make(path: str, depth: int, seed: int = 0, dtype=torch.float32, slope: float
                 block.slope.fill_(slope)
     model.to(dtype)
     if path == "compiled":
-        model.compile_blocks(backend="aot_eager")
+        model.compile_parts(backend="aot_eager")
     return model
 
 
@@ -206,7 +206,7 @@ def test_fifty_steps_take_the_same_course(path, directions, length):
     start = [GPT(GPTConfig(depth=2, width=32, vocab_size=64, max_seq_len=128), seed=1, attention=a) for a in ("plain", "kernel")]
     if path == "compiled":
         torch._dynamo.reset()
-        start[1].compile_blocks(backend="aot_eager")
+        start[1].compile_parts(backend="aot_eager")
     windows = torch.randint(0, 62, (50, 4, length + 1), generator=torch.Generator().manual_seed(2))
     windows[..., 1:] = torch.where(torch.rand(windows[..., 1:].shape, generator=torch.Generator().manual_seed(3)) < 0.5, windows[..., :-1], windows[..., 1:])
     courses = []
@@ -241,11 +241,26 @@ def test_compiled_once_for_all_blocks_lengths_and_directions():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     model = GPT(GPTConfig(depth=4, width=32, vocab_size=64), attention="kernel")
-    model.compile_blocks(backend=counter)
+    model.compile_parts(backend=counter)
     for length, batch in ((32, 32), (64, 4), (128, 2), (1000, 3)):
         for direction in ("fw", "bw"):
             model.loss(torch.randint(0, 62, (batch, length + 1)), direction)[0].backward()
-    assert counter.frame_count == 1
+    assert counter.frame_count == 2  # the block, and the softmax with its gradient
+    for length, batch in ((32, 32), (1000, 3)):
+        evaluate(model.eval(), [torch.randint(0, 62, (batch, length + 1))], "bw")
+    assert counter.frame_count == 4  # ... and both without gradient
+
+
+def test_models_of_many_widths_in_one_process_stay_compiled():
+    """As in a grid of runs: torch gives up after eight graphs of a function, without a word at that."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    for width in range(8, 8 * 13, 8):
+        model = GPT(GPTConfig(depth=1, width=width, vocab_size=16), attention="kernel").compile_parts(backend=counter)
+        model.loss(torch.randint(0, 14, (2, 9)), "fw")[0].backward()
+    assert counter.frame_count == 12 + 1  # a block for each width, the softmax for all
 
 
 # -- framing ----------------------------------------------------------------------------------------------------------
