@@ -48,45 +48,45 @@ def norm(gradient: Tensor) -> Tensor:
     return torch.stack([part.float().norm() for part in gradient.flatten().split(2**18)]).norm()
 
 
-def softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logits (N, V), targets (N, 1) -> loss in nats, top-1 hit, and exp(logits - top) (N, V) with its sum; all float32."""
-    powers = logits.float()
+def softmax(logits: Tensor, targets: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logits (N, V), targets (N, 1) and their logits (N, 1) -> loss in nats, top-1 hit, exp(logits - top) of the targets
+    (N, 1) and of all (N, V), and its sum (N, 1); in float32."""
+    powers, chosen = logits.float(), chosen.float()
     top, best = powers.max(-1, keepdim=True)
-    target = powers.gather(-1, targets)
     powers = powers.sub_(top).exp_()
     total = powers.sum(-1, keepdim=True)
-    return total.log() + top - target, best == targets, powers, total
+    return total.log() + top - chosen, best == targets, (chosen - top).exp(), powers, total
 
 
-def softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (N, V), targets (N, 1) -> loss in nats and top-1 hit, both (N, 1)."""
-    return softmax(logits, targets)[:2]
+def softmax_loss(logits: Tensor, targets: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (N, V), targets (N, 1) and their logits (N, 1) -> loss in nats and top-1 hit, both (N, 1)."""
+    return softmax(logits, targets, chosen)[:2]
 
 
-def softmax_gradient(logits: Tensor, targets: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_gradient(logits: Tensor, targets: Tensor, chosen: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of losses and hits as (2,), and the targets' gradient (N, 1); logits (N, V) make way for that of all others.
 
     The gradient is that of the summed losses / denominator (a scalar). The targets' own, p - 1, is left to the caller to
-    put in its place: a compiler would copy all logits for that. It is computed in float32, where p near 1 is not yet 1.
+    put in its place, as their logits are to fetch: a compiler that sees logits read or written out of order takes one
+    more pass over all of them. It is computed in float32, where p near 1 is not yet 1.
     """
-    loss, hits, powers, total = softmax(logits, targets)
+    loss, hits, power, powers, total = softmax(logits, targets, chosen)
     scale = 1 / (denominator * total)
-    at_target = powers.gather(-1, targets) * scale - 1 / denominator
     logits.copy_(powers.mul_(scale))
-    return torch.stack([loss.sum(), hits.sum()]), at_target.to(logits.dtype)
+    return torch.stack([loss.sum(), hits.sum()]), (power * scale - 1 / denominator).to(logits.dtype)
 
 
-def parts(logits: Tensor, targets: Tensor, whole: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """The rows of both, some at a time: on a CPU those that fit a core's cache, which makes a softmax twice as fast.
-
-    All at once for a GPU, and for compiled functions, which go through memory row by row anyway (`whole`).
-    """
+def parts(logits: Tensor, targets: Tensor, whole: bool) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    """Some rows at a time: (logits, targets, their logits), and their place as an index. On a CPU as many rows as fit a
+    core's cache, which makes a softmax twice as fast; all for a GPU, and for compiled functions, which go row by row (`whole`)."""
     rows = len(logits) if whole or logits.is_cuda else max(1, HeadLoss.PART // logits.shape[1])
-    for part in zip(logits.split(rows), targets.split(rows)):
+    for part, target in zip(logits.split(rows), targets.split(rows)):
+        place = torch.arange(len(part), device=part.device)[:, None], target  # scatter_ of bf16 is 100 times as slow on a CPU
+        some = part, target, part[place]
         if whole:  # or the length of the last rows would be one more graph
-            for tensor in part:
+            for tensor in some:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        yield part
+        yield some, place
 
 
 class HeadLoss(torch.autograd.Function):
@@ -110,9 +110,8 @@ class HeadLoss(torch.autograd.Function):
             piece = slice(start, start + HeadLoss.CHUNK)
             x, y = hidden[piece], targets[piece, None]
             logits = torch.mm(x, weight.T, out=buffer[: len(x)])
-            for part, target in parts(logits, y, whole):
-                figures, at_target = gradient(part, target, divisor)
-                part[torch.arange(len(part), device=part.device)[:, None], target] = at_target  # scatter_ of bf16 takes 100 times as long on a CPU
+            for some, place in parts(logits, y, whole):
+                figures, some[0][place] = gradient(*some, divisor)
                 sums += figures
             torch.mm(logits, weight, out=grad_hidden[piece])
             product = logits.T @ x
