@@ -8,7 +8,6 @@
 - every time is the median of interleaved repeats after a warm-up, with the fastest and the slowest beside it
 - "share of peak" is model FLOPs (`flops`) over time, against a large matrix product timed in the same repeats
 - first steps (compilation, cold cache) and peak memory come from a fresh process each
-- `--peers FOLDER` also times hlb-gpt's own code (FOLDER/hlb-gpt/main.py) and nanoGPT's (FOLDER/nanoGPT/model.py)
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -126,8 +124,8 @@ class Reference(Training):
 def flops(config: GPTConfig, batch: int, seq_len: int) -> int:
     """FLOPs of one training pass: 6 x parameters of the matrices, head included, x tokens, and causal attention.
 
-    Attention: 2 x (query channels + value channels) for each of the T (T + 1) / 2 visible pairs of a block, three times
-    (forward, and the gradients of both factors). What is recomputed, masked out or element-wise does not count.
+    Attention: 2 x (query + value channels) for each of the T (T + 1) / 2 visible pairs of a block, three times (forward,
+    gradients of both factors). What is recomputed, masked out or element-wise does not count.
     """
     D, inner, qk_dim = config.width, config.expand * config.width, config.width // config.qk_div
     matrices = config.depth * (D * (2 * qk_dim + 2 * inner) + inner * D) + D * config.vocab_size
@@ -189,13 +187,15 @@ def made_up_data(folder: Path, case: Case) -> Path:
 
 
 def wait(device: torch.device) -> None:
-    torch.cuda.synchronize() if device.type == "cuda" else None
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def medians(work: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, dict[str, float]]:
     """Milliseconds per call: {name: {"ms": median, "low": fastest, "high": slowest}}.
 
-    In every repeat each function has its turn: what slows the machine down for a while slows all of them down."""
+    In every repeat each function has its turn: what slows the machine down for a while slows all of them down.
+    """
     times, calls = {name: [] for name in work}, dict.fromkeys(work, 1)
     for repeat in range(-2, repeats):  # two to warm up; the second says how many calls take 0.2 s
         for name, function in work.items():
@@ -305,7 +305,7 @@ def measure(case: Case, full: bool) -> dict:
 
 def measure_prepare(text: Path, megabytes: int = 200) -> dict[str, float]:
     """MB of text per second: tiktoken in one thread on documents in memory, and data/prepare.py from file to file, of
-    the text as it lies there and of so many megabytes of it as one .txt file, where reading and starting take no time."""
+    the text as it lies there and of copies of it, so many megabytes, in one .txt file: there reading and starting take no time."""
     splits, _ = local_splits(text, "text", 0.01)
     texts = ["".join(block for block, _ in blocks) for split in splits.values() for blocks, _ in split]
     size = sum(len(document.encode()) for document in texts)
@@ -313,7 +313,7 @@ def measure_prepare(text: Path, megabytes: int = 200) -> dict[str, float]:
     start = time.perf_counter()
     [tokenizer_of("gpt2").encode_ordinary(document) for document in texts]
     rates = {"megabytes": size / 1e6, "cores": os.cpu_count(), "tiktoken_mb_per_s": size / 1e6 / (time.perf_counter() - start)}
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(None):
         plain, copies = Path(folder) / "plain.txt", math.ceil(1e6 * megabytes / size)
         plain.write_text("".join(texts) * copies, encoding="utf-8", newline="")
         for name, source, amount in (("prepare", text, size), ("plain", plain, copies * size)):
@@ -357,7 +357,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=count, help="windows per step (default: 4 on a CPU, 32 on a GPU)")
     parser.add_argument("--repeats", type=count, default=5, help="of every timing, each at least 0.2 s (default: 5)")
     parser.add_argument("--all", action="store_true", help="other sizes and lengths too")
-    parser.add_argument("--peers", help="folder with clones of hlb-gpt and nanoGPT")
+    parser.add_argument("--peers", help="folder with clones of hlb-gpt and nanoGPT, whose own code is timed too")
     parser.add_argument("--text", type=Path, help="text to measure data/prepare.py with, as it takes it")
     for name, choices in (("device", ("cpu", "cuda")), ("dtype", ("float32", "bfloat16")), ("compile", ("on", "off"))):
         parser.add_argument(f"--{name}", default="auto", choices=("auto", *choices))

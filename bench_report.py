@@ -158,7 +158,7 @@ def prepare_words(figures: dict) -> str:
     full = figures["cores"] * figures["tiktoken_mb_per_s"]
     words = f"{figures['prepare_mb_per_s'] / full:.2f} x for {figures['megabytes']:.0f} MB of text as it lies there"
     if "plain_mb_per_s" in figures:
-        words = f"{figures['plain_mb_per_s'] / full:.2f} x for {figures['plain_megabytes']:.0f} MB of plain text, {words}"
+        words = f"{figures['plain_mb_per_s'] / full:.2f} x for {figures['plain_megabytes']:.0f} MB of plain text (copies), {words}"
     return f"{words} (tiktoken: {figures['tiktoken_mb_per_s']:.1f} MB/s on one of {figures['cores']} cores)"
 
 

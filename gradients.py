@@ -106,7 +106,7 @@ class HeadLoss(torch.autograd.Function):
         whole, divisor = gradient is not softmax_gradient, sums.new_full((), denominator)
         grad_hidden = torch.empty_like(hidden)
         buffer = hidden.new_empty(min(HeadLoss.CHUNK, len(hidden)), len(weight))
-        for start in range(0, len(targets), HeadLoss.CHUNK):
+        for start in range(0, max(1, len(targets)), HeadLoss.CHUNK):  # once without tokens, for zeros
             piece = slice(start, start + HeadLoss.CHUNK)
             x, y = hidden[piece], targets[piece, None]
             logits = torch.mm(x, weight.T, out=buffer[: len(x)])
@@ -118,7 +118,7 @@ class HeadLoss(torch.autograd.Function):
             grad_weight = product if start == 0 else grad_weight.float().add_(product)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight.dtype
-        loss, hits = (sums / denominator).unbind()
+        loss, hits = sums[0] / denominator, sums[1] / denominator  # no views: they may be changed in place
         ctx.mark_non_differentiable(hits)
         return loss, hits
 

@@ -242,8 +242,9 @@ class GPT(nn.Module):
     def compile_parts(self, **options) -> GPT:
         """Compiles the block and the head's softmax with torch.compile(**options).
 
-        One graph each for all blocks, lengths, batches and directions, and one more where no gradient is taken. Models
-        of other widths in the same process need their own: more than the few that torch allows for before it gives up.
+        One graph each for all blocks, lengths, batches and directions, and one more where no gradient is taken, for a
+        batch or a rest of 1, and for a mask that no kernel serves. Models of other widths in the same process need their
+        own: more than the few that torch allows for before it gives up.
         """
         self.compiled, torch._dynamo.config.recompile_limit = True, 64
         for block in self.blocks:

@@ -25,7 +25,7 @@ def traced():
 
 
 def test_tensors_of_two_devices_never_meet(traced):
-    """Every step, evaluation and ablation went through, and would not have, had a tensor been left on the CPU."""
+    """Every step, evaluation and ablation went through, and would not have, had a vector or matrix been left on the CPU."""
     assert traced["mixed_devices_fail"]
     assert set(traced["ours"]) == set(traced["pieces"]) == {"fw", "bw", "fw+bw", "evaluation", "layers"}
 

@@ -306,17 +306,28 @@ def test_embedding_gradient_is_torchs_scale_grad_by_freq():
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [7, 1000])
-def test_head_loss_is_cross_entropy(chunk, monkeypatch):
+@pytest.mark.parametrize("chunk, part, factor", [(7, 2**20, 3), (1000, 2**20, 1), (1000, 200, 3), (7, 1, 1)])
+def test_head_loss_is_cross_entropy(chunk, part, factor, monkeypatch):
     monkeypatch.setattr(HeadLoss, "CHUNK", chunk)
+    monkeypatch.setattr(HeadLoss, "PART", part)
     hidden, weight = torch.randn(50, 16, requires_grad=True), torch.randn(64, 16, requires_grad=True)
     targets = torch.randint(0, 64, (50,))
     truth = F.cross_entropy(hidden @ weight.T, targets)
-    expected = torch.autograd.grad(truth * 3, (hidden, weight))
+    expected = torch.autograd.grad(truth * factor, (hidden, weight))
     loss, hits = HeadLoss.apply(hidden, weight, targets, 50)
-    found = torch.autograd.grad(loss * 3, (hidden, weight))
+    found = torch.autograd.grad(loss * factor, (hidden, weight))
     torch.testing.assert_close((loss, *found), (truth, *expected), rtol=1e-5, atol=1e-6)
     assert hits == ((hidden @ weight.T).argmax(-1) == targets).float().mean()
+
+
+def test_head_loss_of_no_tokens_and_of_certain_ones():
+    hidden, weight = torch.zeros(0, 16, requires_grad=True), torch.randn(64, 16, requires_grad=True)
+    HeadLoss.apply(hidden, weight, torch.zeros(0, dtype=torch.long), 1)[0].backward()
+    assert not weight.grad.any()
+    # A probability of 0.999 is 1 in bf16, but the gradient p - 1 is not 0.
+    hidden, weight = torch.eye(2, dtype=torch.bfloat16)[:1].requires_grad_(), torch.tensor([[7.0, 0], [0, 0]], dtype=torch.bfloat16)
+    HeadLoss.apply(hidden, weight, torch.zeros(1, dtype=torch.long), 1)[0].backward()
+    assert hidden.grad[0, 0].item() == pytest.approx(-7 / (1 + math.exp(7)), rel=0.02)
 
 
 def test_evaluate_averages_over_tokens_not_batches():

@@ -3,7 +3,8 @@
     python tests/trace_cuda.py 8 384 1024 32        # depth, width, sequence length, windows -> one line of JSON
 
 Fake tensors have shape, dtype and device but no data. An operation on tensors of two devices fails as on a GPU; so does
-every look at a value, which on a GPU means waiting for it. Nothing is computed: what a kernel returns is not tested.
+every look at a value, which on a GPU means waiting for it, and every copy to the host that would wait (not: copies to the
+device, GPT.to, pinned memory, which are replaced here). Nothing is computed: what a kernel returns is not tested.
 Needs torch's CPU build and a C++ compiler, which builds fake_cuda.cpp. Peak memory is that of all live tensors;
 kernels' own working memory, the allocator's rounding and torch.compile's fusion are not in it.
 """
@@ -50,6 +51,8 @@ from model import GPT  # noqa: E402
 from train import Training  # noqa: E402
 
 CUDA = torch.device("cuda", 0)
+COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+looks: list = []  # at values: what would make the host wait
 
 
 class Watch(TorchDispatchMode):
@@ -61,6 +64,9 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        if function in COPIES and result.device.type == "cpu" and not (kwargs or {}).get("non_blocking", len(args) > 2 and args[2]):
+            if any(isinstance(x, torch.Tensor) and x.device == CUDA for x in args):
+                looks.append("copy")
         self.operations[str(function.overloadpacket)[5:]] += 1
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.device == CUDA:
@@ -81,9 +87,6 @@ class Watch(TorchDispatchMode):
 
 
 # -- what a torch without CUDA lacks -----------------------------------------------------------------------------------
-
-looks = []  # at values, by the two ways that the program has; others fail
-
 
 def look(tensor: torch.Tensor) -> list:
     looks.append(tuple(tensor.shape))
