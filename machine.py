@@ -41,9 +41,6 @@ def keep_memory() -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
-keep_memory()
-
-
 def has_compiler(device: str) -> bool:
     """Whether torch.compile works and pays off: on a CUDA device that Triton knows."""
     return device == "cuda" and has_triton()
@@ -55,6 +52,8 @@ def choose_machine(settings: Settings) -> tuple[torch.device, torch.dtype, bool,
     if settings.device == "cuda" and not cuda:
         raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
     device = torch.device("cuda" if cuda and settings.device != "cpu" else "cpu")
+    if device.type == "cpu":
+        keep_memory()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
     dtype = {"auto": torch.bfloat16 if fast else torch.float32}.get(settings.dtype) or getattr(torch, settings.dtype)

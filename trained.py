@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from data.tokens import DataError, Tokens, find_folder, num_scored, open_tokens, validation_windows
-from machine import has_compiler
+from machine import has_compiler, keep_memory
 from model import GPT, load_model
 from runs import Run, RunError, read_run, read_study
 
@@ -63,6 +63,8 @@ def open_trained(run: Run, device: str, data: str | None = None) -> Trained:
     if not own and val.meta["tokenizer"] != about["tokenizer"]:
         raise DataError(f"{val.folder} holds tokens of {val.meta['tokenizer']!r}, but {run.folder} was trained on those of {about['tokenizer']!r}: "
                         f"prepare the text with --tokenizer {about['tokenizer']}")  # fmt: skip
+    if device == "cpu":
+        keep_memory()
     model, metadata = load_model(run.folder / "model.safetensors", device)
     if has_compiler(device):
         model.compile_parts()
