@@ -23,7 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 
 TORCH = Path(importlib.util.find_spec("torch").origin).parent
-FOLDER = Path(tempfile.mkdtemp())
+temporary = tempfile.TemporaryDirectory()  # removed when this process ends
+FOLDER = Path(temporary.name)
 
 
 def load_device() -> None:
