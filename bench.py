@@ -277,7 +277,7 @@ def steady_state(case: Case, data: str, full: bool) -> dict:
         "peak_flops_per_s": 1000 * product_flops / times["peak"]["low"], "times": times,
         "idle": idle_share(functools.partial(step, "fw")) if full and device.type == "cuda" else None,
         "device": device.type, "dtype": str(dtype)[6:], "compiled": compiled, "machine": machine,
-        "load": os.getloadavg()[0], "cores": os.cpu_count(), **{name: provenance()[name] for name in ("versions", "git_commit")},
+        "load": os.getloadavg()[0], "cores": os.cpu_count(), **{name: x for name, x in provenance().items() if name in ("versions", "git_commit")},
     }  # fmt: skip
 
 
