@@ -159,7 +159,7 @@ def write_tokens(file: BinaryIO, split: Iterable[Document], tokenizer: str, dtyp
     `progress` is called with the bytes of input that each finished piece of work took.
     """
     digest, tokens, documents, text_bytes = hashlib.sha256(), 0, 0, 0
-    work = tasks(split, CUTS.get(tokenizer), TASK)
+    work = tasks(split, CUTS.get(tokenizer.partition(":")[0]), TASK)
     for data, size, read, ended in in_order(pool, work, tokenizer, dtype):
         file.write(data)
         digest.update(data)

@@ -4,6 +4,7 @@
     python data/prepare.py wikitext-103                 from the Hugging Face hub (about 300 MB)
     python data/prepare.py ~/texts --out data/texts     a folder (or one file) of .txt, .jsonl, .jsonl.gz, .parquet
     python data/prepare.py books.jsonl.gz --text-field body --val-fraction 0.02 --workers 8
+    python data/prepare.py ~/texts --out data/small --tokenizer gpt2:4000       a vocabulary for small models
 
 The tokens are exactly tiktoken's `encode_ordinary` of each whole document. A .txt file is one document, all of
 WikiText's split too. Documents of .jsonl and .parquet, and of several .txt files, each end with the tokenizer's
@@ -127,7 +128,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("source", metavar="NAME_OR_PATH",
                         help="toyworld, wikitext-2, wikitext-103, or a file or folder")
     parser.add_argument("--out", type=Path, help="folder to write (default: data/<name> of this project)")
-    parser.add_argument("--tokenizer", help="gpt2, another of tiktoken's, or toyworld (default: gpt2)")
+    parser.add_argument("--tokenizer", help="gpt2, another of tiktoken's, its first tokens only as in gpt2:4000, or "
+                                            "toyworld (default: gpt2)")
     parser.add_argument("--workers", type=int, help="processes that encode (default: one per core)")
     parser.add_argument("--val-fraction", type=float, default=0.01, metavar="SHARE",
                         help="last share for validation, where the files name no splits (default: %(default)s)")

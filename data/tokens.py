@@ -260,21 +260,38 @@ def num_scored(tokens: Tokens) -> int:
 def load_tokenizer(name: str) -> tiktoken.Encoding:
     """The tiktoken encoding called `name`: "gpt2" or another of tiktoken's, or "toyworld", which needs no download.
 
-    Raises OfflineError if tiktoken has no copy of the files and cannot fetch them, DataError for an unknown name.
+    "gpt2:4000" is GPT-2's with its first 3999 tokens, that is the merges it learned first, and end-of-text: an
+    embedding and a head for small models. "gpt2:257" knows bytes only. Raises OfflineError if tiktoken has no copy of
+    the files and cannot fetch them, DataError for an unknown name or an impossible size.
     """
     if name == "toyworld":
         from data.toyworld import encoding
         return encoding()
     import tiktoken
+    base, colon, size = name.partition(":")
     known = tiktoken.list_encoding_names()
-    if name not in known:
+    if base not in known:
         raise DataError(f"there is no tokenizer {name!r}; known are toyworld and tiktoken's {', '.join(sorted(known))}")
     try:
-        return tiktoken.get_encoding(name)
+        encoding = tiktoken.get_encoding(base)
     except (OSError, ValueError) as error:      # every failure of requests is an OSError; ValueError: a wrong checksum
         request = getattr(error, "request", None)
         where = getattr(request, "url", None) or "its public address"
-        raise OfflineError(f"The files of tokenizer {name!r} could not be fetched from {where} "
+        raise OfflineError(f"The files of tokenizer {base!r} could not be fetched from {where} "
                            f"({type(error).__name__}); without a network, point TIKTOKEN_CACHE_DIR at a folder that "
                            f"holds tiktoken's cached copies of them, or use the data set toyworld, which needs "
                            f"nothing.") from None
+    return shortened(encoding, size) if colon else encoding
+
+
+def shortened(encoding: tiktoken.Encoding, size: str) -> tiktoken.Encoding:
+    """The encoding with its first `size` - 1 tokens and end-of-text. They are sorted by when they were learned, bytes
+    first, so what is left is what the same training would have given had it ended there."""
+    import tiktoken
+    ranks = encoding._mergeable_ranks           # as tiktoken's own README extends an encoding
+    if not size.isdecimal() or not 257 <= int(size) <= len(ranks) + 1:
+        raise DataError(f"{encoding.name!r} can be shortened to 257 (bytes and end-of-text) to {len(ranks) + 1:,} tokens, "
+                        f"as in \"{encoding.name}:4000\", not to {size!r}")
+    last = int(size) - 1
+    return tiktoken.Encoding(f"{encoding.name}:{size}", pat_str=encoding._pat_str, special_tokens={"<|endoftext|>": last},
+                             mergeable_ranks={token: rank for token, rank in ranks.items() if rank < last})
