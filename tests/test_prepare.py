@@ -122,18 +122,20 @@ def test_long_text_is_cut_in_linear_time_and_grows_only_where_it_must():
 
 
 @needs_gpt2
-def test_workers_give_the_tokens_of_the_whole_documents(tmp_path, gpt2, monkeypatch):
+@pytest.mark.parametrize("name", ["gpt2", "gpt2:300"])
+def test_workers_give_the_tokens_of_the_whole_documents(tmp_path, gpt2, monkeypatch, name):
+    encoding = prepare.load_tokenizer(name)
     monkeypatch.setattr(encode, "TASK", 200)
     texts = [*AWKWARD.values(), "\ud83d lone \ude00", "last"]
     (tmp_path / "in").mkdir()
     with gzip.open(tmp_path / "in" / "a.train.jsonl.gz", "wt", newline="") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     (tmp_path / "in" / "b.valid.txt").write_bytes("".join(AWKWARD.values()).encode())
-    prepare.main([str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--workers", "2"])
-    assert tokens_in(tmp_path / "out", "train") == [t for text in texts for t in [*gpt2.encode_ordinary(text), 50256]]
-    assert tokens_in(tmp_path / "out", "val") == gpt2.encode_ordinary("".join(AWKWARD.values()))
+    prepare.main([str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--workers", "2", "--tokenizer", name])
+    assert tokens_in(tmp_path / "out", "train") == [t for text in texts for t in [*encoding.encode_ordinary(text), encoding.eot_token]]
+    assert tokens_in(tmp_path / "out", "val") == encoding.encode_ordinary("".join(AWKWARD.values()))
     meta = open_tokens(tmp_path / "out", "train").meta
-    assert meta["splits"]["train"]["documents"] == len(texts) and meta["splits"]["val"]["documents"] == 1
+    assert meta["vocab_size"] == encoding.n_vocab and meta["splits"]["train"]["documents"] == len(texts) and meta["splits"]["val"]["documents"] == 1
     assert meta["splits"]["val"]["bytes"] == (tmp_path / "in" / "b.valid.txt").stat().st_size
 
 

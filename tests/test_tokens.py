@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import regex        # comes with tiktoken
 
 from data.tokens import (DataError, TrainingWindows, load_tokenizer, num_scored, open_tokens, validation_windows,
                          file_sha256)
 
 ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT.parent / "shared" / "data" / "tiktoken_cache"
+needs_gpt2 = pytest.mark.skipif(not CACHE.is_dir(), reason="the GPT-2 tokenizer's files are not beside the project")
 
 
 def write_folder(folder, count=1000, dtype="uint16", split="train"):
@@ -258,3 +261,36 @@ def test_toyworld_tokenizer_needs_no_files(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     encoding = load_tokenizer("toyworld")
     assert encoding.decode(encoding.encode_ordinary("Rain, 7 é 😀\n")) == "Rain, 7 é 😀\n"
+
+
+def pairs_merged(word: bytes, ranks: dict[bytes, int]) -> list[int]:
+    """Byte-pair encoding by its definition: the neighbours that make the lowest rank become one, until none do."""
+    parts = [bytes([byte]) for byte in word]
+    while True:
+        joined = [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ranks]
+        if not joined:
+            return [ranks[part] for part in parts]
+        i = min(joined)[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+@needs_gpt2
+def test_a_shortened_tokenizer_is_the_same_encoding_with_its_first_merges_only(monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
+    gpt2, text = load_tokenizer("gpt2"), "The mayor's 1856 voyage, naïve: 😀\n\n  it didn't end<|endoftext|>"
+    for size in (257, 300, 4000, 50256):
+        encoding = load_tokenizer(f"gpt2:{size}")
+        first = {token: rank for token, rank in gpt2._mergeable_ranks.items() if rank < size - 1}
+        tokens = [token for word in regex.findall(gpt2._pat_str, text) for token in pairs_merged(word.encode(), first)]
+        assert encoding.encode_ordinary(text) == tokens and encoding.decode(tokens) == text
+        assert encoding.n_vocab == size == encoding.eot_token + 1
+    assert len(load_tokenizer("gpt2:257").encode_ordinary(text)) == len(text.encode())
+    assert load_tokenizer("gpt2:50257").encode_ordinary(text) == gpt2.encode_ordinary(text)
+
+
+@needs_gpt2
+@pytest.mark.parametrize("size", ["", "256", "50258", "4k", "-1", "²"])
+def test_a_tokenizer_cannot_be_shortened_to_that(monkeypatch, size):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
+    with pytest.raises(DataError, match="257 .* to 50,257 tokens"):
+        load_tokenizer(f"gpt2:{size}")
