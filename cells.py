@@ -27,6 +27,7 @@ from runs import Run, RunError, read_study
 # Settings that older runs do not have, and what those runs did.
 LATER_SETTINGS = {"unique_tokens": None, "dropout": 0.0}
 CELL_SETTINGS = ("depth", "width", "num_heads", "data", "bw_mask", *LATER_SETTINGS)
+CROSSED = ("bw_mask", "dropout")  # cells that differ in these alone meet in some comparisons
 # What tells the runs of one cell apart, and what cannot change what a run learns. Any other setting splits a cell.
 IGNORED_SETTINGS = (
     "seed", "p_bw", "task", "study", "eval_every", "eval_epochs", "physical_tokens", "device", "compile", "attention", "ablations",
@@ -108,9 +109,11 @@ class Study:
 
     def name(self, cell: Cell) -> str:
         """The cell in words, with as much of its group as is needed to tell it from the study's other cells."""
-        heading = self.heading(cell.group)
-        several = len(self.groups) > 1 or cell.group not in self.groups
-        return f"{cell.label} ({heading})" if several or "leaks" in heading else cell.label
+        return f"{cell.label} ({self.heading(cell.group)})" if self.needs_heading(cell.group) else cell.label
+
+    def needs_heading(self, group: Group) -> bool:
+        """Whether a reader must be told which runs these are: there are others, or they are not what one expects."""
+        return self.groups != [group] or group != group.on_all_text() or group.bw_mask == "flipped"
 
     def heading(self, group: Group) -> str:
         parts = [group.data]
@@ -182,7 +185,7 @@ def load(folder: str | Path, seeds: Sequence[int] | None = None, budget: str = "
 
 
 def sort_runs(study: Study, runs: list[Run]) -> None:
-    """Puts runs into cells. If all of them are limited, they are the study; else the limited ones stay aside."""
+    """Puts runs into cells. The limited ones stay aside, unless all of them are: then they are the study, too."""
     extras = _further_settings_that_vary(runs)
     everything: Cells = {}
     for run in runs:
@@ -200,9 +203,7 @@ def sort_runs(study: Study, runs: list[Run]) -> None:
     order = sorted({v for by in everything.values() for v in by}, key=lambda v: (v.p_bw, v.task))
     everything = {cell: {v: by[v] for v in order if v in by} for cell, by in sorted(everything.items())}
     study.limited = {cell: by for cell, by in everything.items() if cell.group.unique_tokens or cell.group.dropout}
-    if len(study.limited) == len(everything):
-        study.limited = {}
-    study.cells = {cell: by for cell, by in everything.items() if cell not in study.limited}
+    study.cells = {cell: by for cell, by in everything.items() if cell not in study.limited} or everything
 
 
 def _readable(value: str) -> str:
@@ -243,7 +244,7 @@ def _further_settings_that_vary(found: list[Run]) -> list[str]:
     seen: dict[tuple, set[str]] = {}
     for run in found:
         values = _comparable(run)
-        cell = tuple(values[name] for name in CELL_SETTINGS)
-        for name, value in values.items():
-            seen.setdefault((name, cell), set()).add(value)
+        met = tuple(values[name] for name in CELL_SETTINGS if name not in CROSSED)
+        for name in values.keys() - {*CROSSED}:
+            seen.setdefault((name, met), set()).add(values[name])
     return sorted({name for (name, _), different in seen.items() if len(different) > 1})

@@ -5,8 +5,8 @@
     >>> paired_interval(log_ratios(pairs[cell]))          # ratio, low, high: geometric mean, 95 % t-interval
 
 Runs are paired by seed within a cell (cells.py), and compared where the shorter of the two ends on the study's budget
-axis: equal total tokens, forward tokens, steps or seconds. Between evaluations the logarithm of a loss is interpolated
-linearly; beyond them nothing is. Intervals: stats.py. Tables only: no torch, no matplotlib.
+axis: equal total tokens, forward tokens, steps or seconds. Between evaluations the metric is interpolated linearly, at a
+pair's end its logarithm; beyond them nothing is. Intervals: stats.py. Tables only: no torch, no matplotlib.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def ratio_curve(terms: list[Term], x: str = "epoch", window=None, points: int = 
 def windows(terms: list[Term], x: str = "epoch", asked: tuple[float, float] | None = None) -> dict[str, tuple[float, float]]:
     """Parts of training as intervals of x: early (the first epoch of the top runs), all, late (the second half).
 
-    early is left out where training ends with it. `asked`: this window of epochs instead, if the runs cover it: to
+    What came before the first evaluation is in none of them. early is left out where training ends with it. `asked`: this window of epochs instead, if the runs cover it: to
     within 1 % at its end, and at least its second half.
     """
     lines = [trajectory(run, term.top_column, x)[0] for term in terms for run in (term.top, term.bottom)]
@@ -181,8 +181,8 @@ def windows(terms: list[Term], x: str = "epoch", asked: tuple[float, float] | No
         covered = start <= sum(asked) / 2 and end >= 0.99 * asked[1]
         return {f"epochs {asked[0]:g} to {asked[1]:g}": asked} if covered else {}
     ends = [np.interp(1.0, [0.0, *table["epoch"]], [0.0, *table[x]]) for table in (term.top.curve.sort_values("step") for term in terms)]
-    early = {"early": (0.0, float(np.mean(ends)))} if start < np.mean(ends) < 0.99 * end else {}
-    return early | {"all": (0.0, end), "late": (end / 2, end)}
+    early = {"early": (start, float(np.mean(ends)))} if start < np.mean(ends) < 0.99 * end else {}
+    return early | {"all": (start, end), "late": (max(start, end / 2), end)}
 
 
 def window_log_ratios(terms: list[Term], window: tuple[float, float], x: str = "epoch") -> np.ndarray:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -59,18 +60,20 @@ def holm(p: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(p), np.nan, corrected)
 
 
-def seeds_needed(values: np.ndarray, threshold: float) -> int | None:
-    """The smallest number of seeds whose 95 % interval would leave the threshold out, if mean and spread stay as observed.
+def seeds_needed(sizes: Sequence[np.ndarray], threshold: float) -> int | None:
+    """The smallest number of seeds that would tell every size (values per seed) from the threshold at the 5 % level.
 
-    None: more than MOST_SEEDS, or fewer than two values to tell a spread from.
+    If mean and spread stay as observed; p-values corrected over the sizes (Holm). With one size: the 95 % interval leaves
+    the threshold out. None: more than MOST_SEEDS, or fewer than two values of a size to tell a spread from.
     """
-    values = np.asarray(values, float)
-    if len(values) < 2:
+    if min(map(len, sizes)) < 2:
         return None
-    n = np.arange(2, MOST_SEEDS + 1)
-    half = student.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)
-    enough = n[half < abs(values.mean() - threshold)]
-    return int(enough[0]) if len(enough) else None
+    n = np.arange(2, MOST_SEEDS + 1)[:, None]
+    means, spreads = np.array([(np.mean(values) - threshold, np.std(values, ddof=1)) for values in sizes]).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p = 2 * student.sf(np.abs(means) / spreads * np.sqrt(n), n - 1)
+    enough = (holm(np.where(np.isnan(p), 1.0, p)) < 0.05).all(-1)  # NaN: no spread, and no distance
+    return int(n[enough][0, 0]) if enough.any() else None
 
 
 @lru_cache(maxsize=2)

@@ -68,8 +68,8 @@ def _per_group(ratios: Iterable[Ratios]) -> list[tuple[Group, list[Cell]]]:
 
 
 def _titled(study: Study, group: Group, content: str) -> str:
-    """Under a heading of its own where a study holds several groups."""
-    return f"### {study.heading(group)}\n\n{content}" if len(study.groups) > 1 or "leaks" in study.heading(group) else content
+    """Under a heading of its own where the group needs one."""
+    return f"### {study.heading(group)}\n\n{content}" if study.needs_heading(group) else content
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def _verdicts(study: Study, variant: Variant | None) -> str:
     for group, rows in found.items():
         content = table(("question", "claim", "article (flipped mask)", "ours, flipped", "ours, anticausal", "95 % interval", "verdict"),
                         [row._replace(verdict=row.verdict if row.verdict == ABSENT else f"**{row.verdict}**") for row in rows])  # fmt: skip
-        parts.append(f"### {study.heading(group)}\n\n{content}" if len(found) > 1 else content)
+        parts.append(f"### {study.heading(group)}\n\n{content}" if len(found) > 1 or group != group.on_all_text() else content)
     return _section("Verdicts", *parts, f"""
         {variant.label} against p_bw = 0, runs paired by seed, at equal {BUDGET_NAMES[study.budget]}. Ours: geometric mean over seeds. A verdict is
         on the right (anticausal) mask unless the claim is about the published one, and on the size named with it: the largest with {NEEDED}

@@ -22,7 +22,7 @@ from compare import (
     ratio2_separate, ratio_curve, share_of_the_way, windows,
 )  # fmt: skip
 from published import ARROW_OF_TIME
-from report import floor_of
+from report import floor_of, plus_minus
 from runs import CONTEXT_COLUMNS, MERGE_COLUMNS, read_table, table_name
 from stats import mean_interval, paired_interval, seeds_needed
 
@@ -41,9 +41,12 @@ class Scope(NamedTuple):
     def of(self, ratios: Ratios) -> Ratios:
         return {cell: terms for cell, terms in ratios.items() if cell.group == self.group}
 
-    def cells(self, limited: bool = False) -> dict[Cell, dict]:
-        cells = self.study.limited if limited else self.study.cells
-        return {cell: by for cell, by in cells.items() if cell.group.on_all_text() == self.group.on_all_text()}
+    def cells(self) -> dict[Cell, dict]:
+        return {cell: by for cell, by in self.study.cells.items() if cell.group == self.group}
+
+    def limited(self) -> dict[Cell, dict]:
+        """What has a part of the text only, or dropout, and equals the group otherwise."""
+        return {cell: by for cell, by in self.study.limited.items() if cell.group.on_all_text() == self.group.on_all_text()}
 
 
 Measure = Callable[[Scope], dict[str, np.ndarray]]  # {which model: log-ratio of each seed}, by size
@@ -109,6 +112,8 @@ def growth_with_size(ratio: Callable[[Study, Variant], Ratios]) -> Measure:
         seeds = set.intersection(*({term.seed for term in terms} for terms in found.values())) if found else set()
         if len(found) < 3 or not seeds:
             return {}
+        if more := sorted({term.seed for terms in found.values() for term in terms} - seeds):
+            scope.study.note(f"growth with size: seed{'s' * (len(more) > 1)} {', '.join(map(str, more))} not at every size")
         logs = [log_ratios([term for term in terms if term.seed in seeds]) for terms in found.values()]
         return {f"{len(found)} sizes": growth([cell.params for cell in found], logs)}
 
@@ -130,7 +135,7 @@ def on_repeated_text(at_best: bool) -> Measure:
     """Ratio 1 where the text was seen most often, at the end of training or at each run's best evaluation."""
 
     def measure(scope: Scope) -> dict[str, np.ndarray]:
-        cells = {cell: by for cell, by in scope.cells(limited=True).items() if not cell.group.dropout}
+        cells = {cell: by for cell, by in scope.limited().items() if not cell.group.dropout}
         found = {}
         for cell, terms in paired(scope.study, FW_ONLY, "fw_loss", scope.variant, "fw_loss", cells).items():
             epochs = np.mean([final(term.top, "epoch") for term in terms])
@@ -143,7 +148,7 @@ def on_repeated_text(at_best: bool) -> Measure:
 
 def dropout_instead(scope: Scope) -> dict[str, np.ndarray]:
     """fw loss of p_bw = 0 without dropout / with it, at each run's best evaluation, where the text was seen most often."""
-    everything, found = scope.cells() | scope.cells(limited=True), {}
+    everything, found = scope.cells() | scope.limited(), {}
     for cell, by in everything.items():
         plain = everything.get(cell._replace(group=cell.group._replace(dropout=0.0)), {}).get(FW_ONLY, {})
         seeds = sorted(set(plain) & set(by.get(FW_ONLY, {})))
@@ -160,7 +165,10 @@ def whole_over_one_block(scope: Scope) -> dict[str, np.ndarray]:
 
 
 def half_over_whole(scope: Scope) -> dict[str, np.ndarray]:
-    ratios = ratio1(scope.study, scope.variant, "ppl")
+    """Of the narrowest models."""
+    ratios = scope.of(ratio1(scope.study, scope.variant, "ppl"))
+    narrow = min((cell.width for cell in ratios), default=0)
+    ratios = {cell: terms for cell, terms in ratios.items() if cell.width == narrow}
     return _cuts(scope, ratios, lambda logs: logs[:, logs.shape[1] // 2 - 1] - logs[:, -1])
 
 
@@ -209,10 +217,10 @@ def barrier(scope: Scope) -> dict[str, np.ndarray]:
     table = read_table(path, MERGE_COLUMNS) if path.exists() else None
     found = {}
     for cell, by in scope.cells().items() if table is not None else ():
-        names = [{run.name for run in by.get(v, {}).values()} for v in (FW_ONLY, scope.variant)]
+        pairs = {frozenset((run.name, by[scope.variant][seed].name)) for seed, run in by.get(FW_ONLY, {}).items() if seed in by.get(scope.variant, {})}
         heights = []
-        for (a, b), line in table.groupby(["run_a", "run_b"]):
-            if (a in names[0] and b in names[1]) or (a in names[1] and b in names[0]):
+        for ends, line in table.groupby(["run_a", "run_b"]):
+            if frozenset(ends) in pairs:
                 line = line.sort_values("weight")
                 weights, logs = line["weight"].to_numpy(), np.log(line["fw_loss"].to_numpy())
                 heights.append((logs - np.interp(weights, weights[[0, -1]], logs[[0, -1]])).max())
@@ -239,8 +247,7 @@ def way_and_passes(scope: Scope, label: str) -> str:
     parts = [f"{' to '.join(span)} bw passes"] if span else []
     share = share_of_the_way(scope.study, scope.variant, cell)
     if len(share):
-        mean, half = mean_interval(share)
-        parts.append(f"{100 * mean:.1f} ± {100 * half:.1f} % of the way from p_bw = 0 to bw only")
+        parts.append(f"{plus_minus(100 * share, 1)} % of the way from p_bw = 0 to bw only")
     return "; ".join(parts)
 
 
@@ -307,7 +314,7 @@ def decide(values: np.ndarray, threshold: float, above: bool) -> str:
     distance = mean - math.log(threshold)
     if abs(distance) > half:
         return "holds" if (distance > 0) == above else "does not hold"
-    seeds = seeds_needed(values, math.log(threshold))
+    seeds = seeds_needed([values], math.log(threshold))
     return f"undecided: {seeds} seeds would decide" if seeds else "undecided: more than 1000 seeds"
 
 
@@ -359,8 +366,7 @@ def cost_at_every_size(scope: Scope) -> Row:
         if mask == "anticausal":
             intervals = [paired_interval(log_ratios(terms)) for terms in tested.values()]
             interval = f"sizes: {_number(min(low for _, low, _ in intervals))} to {_number(max(high for _, _, high in intervals))}"
-            missing = [seeds_needed(log_ratios(tested[cell]), 0.0) or math.inf for cell in tested if cell not in clear]
-            seeds = "more than 1000" if math.inf in missing else f"at least {max(missing, default=0)}"
+            seeds = seeds_needed([log_ratios(terms) for terms in tested.values()], 0.0) or "more than 1000"
             verdict = "does not hold" if better else "holds" if worse == len(tested) else f"undecided: {seeds} seeds would decide"
     theirs = sorted(size.all for size in article.SIZES)
     published = f"{theirs[0]:.3f} to {theirs[-1]:.3f}, all {len(theirs)} sizes"

@@ -17,6 +17,7 @@ import verdicts
 from cells import Study, load, sort_runs
 from compare import bootstrap, bw_against_bw_only, corrected, log_ratios, paired_interval, ratio1, ratio2
 from runs import Run
+from study_readme import markdown
 
 SETTINGS = {"depth": 2, "width": 64, "num_heads": 1, "data": "wiki", "bw_mask": "anticausal", "task": "fw+bw"}
 NO_LAYERS = pd.DataFrame()
@@ -85,10 +86,14 @@ def test_holm_by_hand_and_over_the_sizes_of_a_study():
 
 def test_seeds_needed_is_where_the_interval_leaves_the_threshold():
     values = np.array([0.01, 0.03, -0.01, 0.02])
-    n = stats.seeds_needed(values, 0.0)
+    n = stats.seeds_needed([values], 0.0)
     half = [stats.student.ppf(0.975, k - 1) * values.std(ddof=1) / k**0.5 for k in (n - 1, n)]
     assert half[1] < values.mean() < half[0]
-    assert stats.seeds_needed(values, values.mean()) is None and stats.seeds_needed(values[:1], 0.0) is None
+    assert stats.seeds_needed([values], values.mean()) is None and stats.seeds_needed([values, values[:1]], 0.0) is None
+    three = stats.seeds_needed([values, values, values], 0.0)  # corrected for each other
+    p = [stats.student.sf(values.mean() / values.std(ddof=1) * k**0.5, k - 1) * 2 for k in (three - 1, three)]
+    assert three > n and 3 * p[1] < 0.05 < 3 * p[0]
+    assert stats.seeds_needed([values, values, 100 * values], 0.0) == three and stats.seeds_needed([values, 1 + values], 0.0) == n
 
 
 def test_the_document_bootstrap_covers_the_ratio_of_all_documents():
@@ -188,7 +193,30 @@ def test_new_settings_never_meet_in_a_pair(tmp_path):
 def test_a_study_of_repeated_text_alone_is_compared_as_any_other(tmp_path):
     plant_pairs(tmp_path, (3.0, 3.0), (2.0, 2.0), (0, 1), unique_tokens=1000.0)  # as train.py writes it
     study = load(tmp_path)
-    assert not study.limited and len(ratio1(study, P5)) == 1 and study.heading(study.groups[0]) == "wiki, 1,000 unique tokens"
+    assert len(ratio1(study, P5)) == 1 and study.heading(study.groups[0]) == "wiki, 1,000 unique tokens"
+    row = rows_of(tmp_path)["On repeated text learning bw helps fw"]
+    assert row.anticausal == "1.500 (2 x 64, 12 epochs, n = 2)" and row.verdict.startswith("undecided")
+    assert "1,000 unique tokens" in markdown(study) and "| 2 x 64 | anticausal | 1,000 | 12 | 0 | p_bw = 0.05 | 2 |" in markdown(study)
+
+
+def test_limited_runs_that_differ_in_dropout_get_tables_of_their_own(tmp_path):
+    """All of them are limited, and only one kind has models in both directions: the others have nothing to say about those."""
+    plant(tmp_path, dropout=0.1)
+    plant_pairs(tmp_path, (3.0,), (2.0,), (0,), dropout=0.2)
+    plant(tmp_path, task="bw", p_bw=1.0, bw=5.0, dropout=0.2)
+    none, some = verdicts.verdicts(load(tmp_path)).values()
+    assert [rows[4].anticausal for rows in (none, some)] == ["not in this study", "1.200 (2 x 64, n = 1); 0.0 % of the way from p_bw = 0 to bw only"]
+
+
+@pytest.mark.parametrize("crossed", ({"bw_mask": "flipped"}, {"dropout": 0.1}))
+def test_a_setting_that_differs_only_across_masks_or_dropout_keeps_them_apart(tmp_path, crossed):
+    plant_pairs(tmp_path, (3.0, 3.0), (2.0, 2.0), (0, 1))
+    for seed in (0, 1):
+        plant(tmp_path, seed=seed, fw=1.5, p_bw=0.05 * ("bw_mask" in crossed), lr=0.0001, **crossed)
+    study = load(tmp_path)
+    assert {cell.group.extras for cell in study.cells | study.limited} == {(("lr", "0.01"),), (("lr", "0.0001"),)}
+    assert [cell.group.bw_mask for cell in ratio1(study, P5)] == ["anticausal"]
+    assert verdicts.dropout_instead(verdicts.Scope(study, P5, study.groups[-1])) == {}
 
 
 def test_the_flipped_mask_borrows_the_forward_model_for_forward_losses_only(tmp_path):
@@ -210,7 +238,7 @@ def test_a_verdict_needs_three_seeds_and_an_interval_on_one_side():
     assert verdicts.decide(logs, 1.0, above=True) == "holds" and verdicts.decide(logs, 1.0, above=False) == "does not hold"
     assert verdicts.decide(logs[:2], 1.0, above=True).startswith("undecided: 2 seeds, 3 are")
     unclear = np.log([0.9, 1.2, 1.1])
-    assert verdicts.decide(unclear, 1.0, above=True) == f"undecided: {stats.seeds_needed(unclear, 0)} seeds would decide"
+    assert verdicts.decide(unclear, 1.0, above=True) == f"undecided: {stats.seeds_needed([unclear], 0)} seeds would decide"
 
 
 def rows_of(folder):
@@ -254,6 +282,8 @@ def test_verdicts_over_sizes_and_training(tmp_path):
     assert rows["bw is learned better than fw"].verdict == "does not hold" and "2 x 256, n = 3" in rows["bw is learned better than fw"].anticausal
     assert rows["No cost to fw in the largest model"].verdict == "does not hold"
     assert rows["The cost shrinks with size"].verdict == "holds" and rows["Dip, then recovery with training"].verdict == "holds"
+    narrow = rows["Cut to half, a narrow two-direction model gains on fw only"]
+    assert "2 x 64" in narrow.anticausal
     absent = [claim for claim, row in rows.items() if row.verdict == "not in this study"]
     assert any("On repeated text" in claim for claim in absent) and any("barrier" in claim for claim in absent)
 
@@ -279,6 +309,10 @@ def test_verdicts_on_layers_context_and_merging(tmp_path):
     rows = rows_of(tmp_path)
     assert rows["The gap grows with context"].verdict == "holds" == rows["Separate models find bw harder"].verdict
     assert next(row for claim, row in rows.items() if claim.startswith("No barrier")).verdict == "does not hold"
+    merged = pd.read_csv(tmp_path / "merge.csv")
+    merged.loc[merged["run_a"].str.contains("seed0"), "run_b"] = merged["run_b"].iloc[-1]  # of two seeds: no pair
+    merged.to_csv(tmp_path / "merge.csv", index=False)
+    assert len(*verdicts.barrier(scope).values()) == 2
     for path in tmp_path.glob("*/context.csv"):  # measured on some windows only: said so, and other texts never count
         path.rename(path.with_name("context_64windows.csv"))
     for path in tmp_path.glob("*seed0/context_64windows.csv"):

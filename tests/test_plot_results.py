@@ -159,8 +159,8 @@ def test_windows_are_cut_on_the_axis_that_is_asked_for(tmp_path):
     plant(tmp_path, fw=2.0, decay=0.0, evaluations=240, p_bw=0.05)
     (terms,) = compare.ratio1(load(tmp_path), P5).values()
     epochs, steps = compare.windows(terms), compare.windows(terms, "step")
-    assert epochs == {"early": (0, pytest.approx(1)), "all": (0, 12), "late": (6, 12)}
-    assert steps == {"early": (0, pytest.approx(100, abs=1)), "all": (0, 1200), "late": (600, 1200)}
+    assert epochs == {"early": (0.05, pytest.approx(1)), "all": (0.05, 12), "late": (6, 12)}
+    assert steps == {"early": (5, pytest.approx(100, abs=1)), "all": (5, 1200), "late": (600, 1200)}
     for window, middle in (("early", 0.525), ("late", 9)):
         (place,) = plot_sizes.places(compare.ratio1(load(tmp_path), P5), "depth", window, plot_results.Options()).values()
         assert np.median(place.points) == pytest.approx(2 - middle / 12, abs=2e-3)
