@@ -97,7 +97,7 @@ def _verdicts(study: Study, variant: Variant | None) -> str:
         {variant.label} against p_bw = 0, runs paired by seed, at equal {BUDGET_NAMES[study.budget]}. Ours: geometric mean over seeds. A verdict is
         on the right (anticausal) mask unless the claim is about the published one, and on the size named with it: the largest with {NEEDED}
         seeds. *holds*, *does not hold*: the 95 % t-interval over at least {NEEDED} seeds lies on one side of the value in the claim. Seeds that
-        would decide: if mean and spread stay as observed. Intervals of different claims are not corrected for each other; p-values over sizes
+        would decide: if mean and spread stay as observed. The article's ratio 2 is the mean of each seed's ratio. Intervals of different claims are not corrected for each other; p-values over sizes
         are (Holm).""")
 
 
@@ -164,7 +164,7 @@ def _over_training(study: Study, variant: Variant | None) -> str:
         return ""
     return _section("Ratio 1 over training", *parts, f"""
         Ratio 1 of {variant.label}, averaged over the first epoch (early), all of training, its second half (late) [95 % t-interval over seeds],
-        with the window's tokens (both directions) and optimiser steps. early is empty where training has no more than one epoch.""")
+        from the first evaluation on, with the window's tokens (both directions) and optimiser steps. early is empty where training has no more than one epoch.""")
 
 
 def _window(terms: list[Term], window: tuple[float, float] | None) -> str:
