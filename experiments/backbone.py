@@ -25,6 +25,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.tokens import load_tokenizer
+from gradients import token_counts
 from model import GPT, MASK_OF, load_model
 
 ATTENTIONS = ("sdpa", "eager", "flex_attention")  # of transformers; the flash kernels take no mask of one's own
@@ -43,8 +44,18 @@ class Backbone(nn.Module):
     depth: int
     max_tokens: int
 
+    def spans(self, words: list[str]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Words that bring their own white space -> (token ids, index of each word's first and last token)."""
+        raise NotImplementedError
+
     def encode(self, words: list[str]) -> tuple[list[int], list[int]]:
-        """Words that bring their own white space -> (token ids, index of each word's first token)."""
+        """As `spans`, but only the first token of each word."""
+        ids, spans = self.spans(words)
+        return ids, [first for first, _ in spans]
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The token that stands between texts, if the tokenizer has one."""
         raise NotImplementedError
 
     def states(self, tokens: Tensor, present: Tensor, mask: str, depth: int | None = None) -> Tensor:
@@ -100,13 +111,18 @@ class OwnBackbone(Backbone):
         self.framed = metadata["direction_tokens"]
         self.max_tokens = model.config.max_seq_len - 2 * self.framed
 
-    def encode(self, words: list[str]) -> tuple[list[int], list[int]]:
+    def spans(self, words: list[str]) -> tuple[list[int], list[tuple[int, int]]]:
         tokenizer = load_tokenizer(self.metadata["tokenizer"])
-        pieces = [tokenizer.encode_ordinary(word) for word in words]  # a word begins with a space: no token spans two
-        first = [0]
-        for piece in pieces:
-            first.append(first[-1] + len(piece))
-        return [token for piece in pieces for token in piece], first[:-1]
+        ids, spans = [], []
+        for word in words:  # a word begins with a space: no token spans two
+            first = len(ids)
+            ids += tokenizer.encode_ordinary(word)
+            spans.append((first, max(first, len(ids) - 1)))
+        return ids, spans
+
+    @property
+    def end_of_text(self) -> int:
+        return load_tokenizer(self.metadata["tokenizer"]).eot_token
 
     def previous(self, tokens: Tensor, present: Tensor, mask: str, depth: int | None = None) -> Tensor:
         """In front of a framed sentence's first token stands FW, unless the mask is anticausal."""
@@ -126,21 +142,26 @@ class OwnBackbone(Backbone):
             groups = [((lengths == n).nonzero()[:, 0], n) for n in lengths.unique().tolist() if n]
         else:
             groups = [(torch.arange(len(tokens), device=tokens.device), tokens.shape[1])]
+        # Padding has id 0, and groups are parts of one batch: neither may enter by how often the batch holds a token,
+        # which is what the embedding's gradient is divided by.
+        V = self.model.config.vocab_size
+        counts = token_counts(tokens[present], V)
+        counts[[V - 2, V - 1]] += len(tokens)
         out = torch.zeros(*tokens.shape, self.width, dtype=self.model.norm.weight.dtype, device=tokens.device)
         for rows, length in groups:
-            out[rows, :length] = self.run(aligned[rows, :length], mask, depth, shift)
+            out[rows, :length] = self.run(aligned[rows, :length], mask, depth, counts.clamp(min=1), shift)
         back = order.argsort(1)[..., None].expand(out.shape)
         if shift and not (self.framed and mask != "anticausal"):
             present = present & (present.cumsum(1) > 1)
         return out.gather(1, back).masked_fill(~present[..., None], 0)
 
-    def run(self, tokens: Tensor, mask: str, depth: int, shift: int = 0) -> Tensor:
+    def run(self, tokens: Tensor, mask: str, depth: int, counts: Tensor, shift: int = 0) -> Tensor:
         """tokens (B, T) without padding that this mask would see -> states (B, T, D), of the `shift`-th token before
         each; direction tokens come and go."""
         V, T = self.model.config.vocab_size, tokens.shape[1]
         front, behind = (int(self.framed and mask != other) for other in ("anticausal", "causal"))
         tokens = F.pad(F.pad(tokens, (front, 0), value=V - 2), (0, behind), value=V - 1)
-        hidden = F.pad(self.model.hidden(tokens, mask, depth), (0, 0, shift, 0))
+        hidden = F.pad(self.model.hidden(tokens, mask, depth, counts), (0, 0, shift, 0))
         return hidden[:, front : front + T]
 
 
@@ -165,7 +186,7 @@ class HuggingFaceBackbone(Backbone):
         self.model, self.tokenizer, self.name = model, tokenizer, name
         vocabulary = tokenizer.get_vocab() if tokenizer else {}
         self.directions = [vocabulary[token] for token in DIRECTION_TOKENS if token in vocabulary]
-        self.attention = config._attn_implementation
+        self.attention, self.trusted = config._attn_implementation, set()
         if self.attention not in ATTENTIONS:
             raise BackboneError(f"attention must be one of {', '.join(ATTENTIONS)}: {self.attention!r} takes no mask of one's own")
         self.width, self.depth = config.hidden_size, config.num_hidden_layers
@@ -176,32 +197,65 @@ class HuggingFaceBackbone(Backbone):
         if self.final_norm is None:
             raise BackboneError(f"{self.name} is a {config.model_type} model, whose final norm was not found: it cannot be used here")
 
-    def encode(self, words: list[str]) -> tuple[list[int], list[int]]:
+    def spans(self, words: list[str]) -> tuple[list[int], list[tuple[int, int]]]:
         """Special tokens that the tokenizer adds (such as BOS) are kept, unless the model has direction tokens, which
         take their place; they belong to no word."""
         if self.tokenizer is None:
             raise BackboneError(f"{self.name} has no fast tokenizer beside its weights: add its tokenizer.json")
         encoded = self.tokenizer("".join(words), return_offsets_mapping=True, add_special_tokens=not self.directions)
-        spans = [(start, end, index) for index, (start, end) in enumerate(encoded["offset_mapping"]) if end > start]
-        first, place, position = [], 0, 0
+        pieces = [(start, end, index) for index, (start, end) in enumerate(encoded["offset_mapping"]) if end > start]
+        if not pieces:
+            raise BackboneError(f"the tokenizer of {self.name} makes nothing of {''.join(words)!r}")
+        spans, place, position = [], 0, 0
         for word in words:
             begin = position + len(word) - len(word.lstrip())  # a token may hold the white space before its word
             position += len(word)
-            while place < len(spans) - 1 and spans[place][1] <= begin:
+            while place < len(pieces) - 1 and pieces[place][1] <= begin:
                 place += 1
-            if not spans:
-                raise BackboneError(f"the tokenizer of {self.name} makes nothing of {''.join(words)!r}")
-            first.append(spans[place][2])
+            last = place
+            while last < len(pieces) - 1 and pieces[last + 1][0] < position:
+                last += 1
+            spans.append((pieces[place][2], pieces[last][2]))
         if self.directions:
             fw, bw = self.directions
-            return [fw, *encoded["input_ids"], bw], [index + 1 for index in first]
-        return list(encoded["input_ids"]), first
+            return [fw, *encoded["input_ids"], bw], [(first + 1, last + 1) for first, last in spans]
+        return list(encoded["input_ids"]), spans
+
+    @property
+    def end_of_text(self) -> int | None:
+        return self.tokenizer.eos_token_id
 
     def states(self, tokens: Tensor, present: Tensor, mask: str, depth: int | None = None) -> Tensor:
         mask, depth = self.check(tokens, present, mask, depth)
+        self.trust(mask)
         out = self.run(tokens, present, mask, depth < self.depth)
         states = out.last_hidden_state if depth == self.depth else self.final_norm(out.hidden_states[depth])
         return states.masked_fill(~present[..., None], 0)
+
+    @torch.no_grad()
+    def trust(self, mask: str) -> None:
+        """BackboneError unless each state of a short sentence moves with the tokens that its mask lets it see, and with no
+        other: some architectures put a causal mask of their own on top, or mix tokens outside of attention, which would
+        show a model its targets."""
+        if mask in self.trusted:
+            return
+        T, training = 4, self.model.training
+        place = torch.arange(T)
+        tokens = place.repeat(T + 1, 1)
+        tokens[place + 1, place] = T  # row j + 1: another token at j
+        tokens = tokens.to(next(self.model.parameters()).device)
+        try:
+            states = self.model.eval() and self.run(tokens, torch.ones_like(tokens, dtype=torch.bool), mask).last_hidden_state
+            moved = (states[1:] != states[0]).any(-1).T.cpu()  # [i, j]: the state of i with the token at j
+        except (ValueError, TypeError, RuntimeError, IndexError, KeyError) as error:
+            raise BackboneError(f"{self.name} cannot be run with a {mask} mask ({str(error).splitlines()[0]})") from None
+        finally:
+            self.model.train(training)
+        seen = {"causal": place <= place[:, None], "anticausal": place >= place[:, None], "none": torch.ones(T, T, dtype=torch.bool)}[mask]
+        if not torch.equal(moved, seen):
+            raise BackboneError(f"{self.name} does not keep to a {mask} mask (position by seen token: {moved.int().tolist()}): "
+                                f"models of type {self.model.config.model_type} mix tokens in other ways, too, and cannot be used so")  # fmt: skip
+        self.trusted.add(mask)
 
     def run(self, tokens: Tensor, present: Tensor, mask: str, all_layers: bool = False):
         """The library's output: last_hidden_state, and with `all_layers` hidden_states, before the final norm but for the last."""

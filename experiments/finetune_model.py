@@ -141,8 +141,10 @@ class TwoWayModel(nn.Module):
 
     @torch.no_grad()
     def check(self) -> None:
-        """BackboneError unless the model is its layers, final norm and head, one after the other, and nothing more: some
-        models scale or cap their logits."""
+        """BackboneError unless the model keeps to both masks, and is its layers, final norm and head, one after the other,
+        and nothing more: some models scale or cap their logits."""
+        for mask in MASK_OF.values():
+            self.backbone.trust(mask)
         tokens, seen = torch.arange(4)[None], {}
         hooks = [
             self.lm.base_model.register_forward_hook(lambda _, args, out: seen.update(states=out[0])),

@@ -138,6 +138,7 @@ def train(backbone: Backbone, head: Tensor, text: Tokens, val: Tokens, masking: 
           length: int = 128, lora: int | None = 16, seed: int = 0, val_windows: int = 64, dtype: str = "auto") -> list[dict]:  # fmt: skip
     """Trains in place on `steps` batches of windows -> rows of step, train loss (mean since the last row), and the
     validation loss and accuracy, at the beginning and after every fifth of the steps."""
+    torch.manual_seed(seed)  # of LoRA's first matrices
     parameters = trainable(backbone, lora)
     windows, generator = TrainingWindows(text, seed=seed), torch.Generator().manual_seed(seed)
     held = list(validation(val, masking, length, val_windows))

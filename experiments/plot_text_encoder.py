@@ -133,7 +133,7 @@ def verdict(values: np.ndarray, lower_is_better: bool, p: float) -> str:
     if len(values) > 2 and half < abs(mean):
         side = "better" if (mean < 0) == lower_is_better else "worse"
         return f"**{side}**" if p < 0.05 else f"{side}, uncorrected"
-    needed = seeds_needed(values, 0)
+    needed = seeds_needed([values], 0)
     return f"undecided ({f'{max(3, needed)} seeds' if needed else '> 1000 seeds'})"
 
 
@@ -166,7 +166,8 @@ def compared(panels: list[tuple[dict, dict]], other: str) -> list[str]:
             pairs = paired(values, other)
             if not len(pairs):
                 continue
-            scores = " | ".join(plus_minus(values[name].to_numpy(), digits) for name in (BASE, other))
+            shared = values[other].index.intersection(values[BASE].index)
+            scores = " | ".join(plus_minus(values[name][shared].to_numpy(), digits) for name in (BASE, other))
             value = p[number, stage]
             shown = "" if np.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
             found = f"{plus_minus(pairs, digits, '+')} (n = {len(pairs)}) | {shown} | {verdict(pairs, lower, value)}"

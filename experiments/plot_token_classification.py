@@ -95,6 +95,9 @@ def read_scores(path: Path) -> pd.DataFrame:
     rows = pd.read_csv(path, dtype=str, keep_default_na=False)
     homes = {Path(name).name: Path(name).parent.name for name in [*rows.model, *rows.model_bw] if not name.endswith(".safetensors")}
     rows["system"], rows["unit"] = [system(row, homes) for _, row in rows.iterrows()], rows.apply(unit, axis=1)
+    twice = rows[rows.unit.str.startswith("seed")].groupby([*SETTING[:-1], "system", "unit"], sort=False)[["model", "model_bw"]].nunique().max(axis=1)
+    if (twice > 1).any():
+        raise RunError(f"{path} has two different runs of {twice.idxmax()[-2].label}, {twice.idxmax()[-1]}: keep their rows in two tables")
     rows["study"] = [name.study.split(" ")[0] for name in rows.system]
     rows["percent"] = 100 * rows.test.astype(float)
     return rows.groupby([*SETTING, "system", "unit"], sort=False).percent.mean().reset_index()
@@ -128,9 +131,10 @@ def minus(by: dict[System, pd.Series], name: System, base: System | None) -> str
 def bases(by: dict[System, pd.Series], name: System) -> tuple[System, System | None]:
     """What a system is held against: forward features of the same model (as it was before MNTP), and, if it is two
     states wide, the control of that width, forward features of two models."""
+    first = re.split(r" [&+] ", name.models)[0]
     controls = [x for x in by if "+" in name.features and x.features == "fw+fw" and x[2:] == name[2:]]
-    fw = System("fw", re.split(r" [&+] ", name.models)[0], name.study.split(" & ")[0], name.depth)
-    return fw, next(iter(controls), None)
+    controls.sort(key=lambda x: x.models.split(" & ")[0] != first)  # that of the same models, if there is one
+    return System("fw", first, name.study.split(" & ")[0], name.depth), next(iter(controls), None)
 
 
 def groups(table: pd.DataFrame) -> list[tuple[dict, dict[System, pd.Series]]]:

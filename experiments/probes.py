@@ -37,7 +37,7 @@ class Read(Backbone):
     def __init__(self, encoder: Encoder, position: str) -> None:
         super().__init__()
         self.encoder, self.name, self.width = encoder, "encoder", encoder.backbone.width
-        self.encode = encoder.backbone.encode
+        self.spans = encoder.backbone.spans
         self.read = encoder.backbone.previous if position == "i-1" else encoder.backbone.states
 
     def states(self, tokens: Tensor, present: Tensor, mask: str, depth: int | None = None) -> Tensor:

@@ -26,7 +26,7 @@ if not __package__:
 import torch
 
 import runs
-from data.tokens import OfflineError
+from data.tokens import OfflineError, file_sha256, find_folder, read_meta
 from experiments import mntp, probes, simcse, tuning
 from experiments.backbone import ATTENTIONS, Backbone, OwnBackbone, load_backbone
 from experiments.encoder import POOLINGS, Encoder, EncoderError, load_encoder, save
@@ -144,18 +144,41 @@ def folder_of(settings: Settings) -> Path:
     return Path(settings.encoders) / f"{Path(settings.model).name}_{settings.stage}_{digest}"
 
 
+def texts(settings: Settings) -> dict[str, str]:
+    """{flag: sha256} of the texts that a stage is trained on, as far as they are here: names do not tell files apart."""
+    found = {}
+    for flag in ("data", "pairs"):
+        source = getattr(settings, flag) if named(settings)[flag] else None
+        if source and Path(source).is_file():
+            found[flag] = file_sha256(Path(source))
+        elif source and (find_folder(source) / "meta.json").exists():
+            found[flag] = read_meta(find_folder(source))["splits"]["train"]["sha256"]
+    return found
+
+
+def check_texts(folder: Path, settings: Settings) -> None:
+    """EncoderError if what is kept in the folder was trained on other texts of the same names."""
+    path = folder / "settings.json"
+    kept = json.loads(path.read_text()).get("texts", {}) if path.exists() else {}
+    for flag, digest in texts(settings).items():
+        if kept.get(flag, digest) != digest:
+            name = Path(getattr(settings, flag)).name
+            raise EncoderError(f"{folder} was trained on another --{flag} {name}: rename the text, or remove the folder")
+
+
 def encoder_of(settings: Settings) -> Encoder:
     """The stage's encoder: found, or trained from the stage before it and kept. It is always read from its folder, so
     that what was interrupted goes on from the same weights."""
     if settings.stage in ("causal", "none"):
         return untuned(settings)
     folder = folder_of(settings)
+    check_texts(folder, settings)
     if not (folder / "encoder.json").exists():
         before, _, last = settings.stage.rpartition("+")
         encoder = encoder_of(replace(settings, stage=before or "none"))
         rows = {"mntp": train_masked, "simcse": train_contrastive, "pairs": train_contrastive}[last](encoder, settings, last)
         runs.write_table(folder / "curve.csv", rows, CURVE)
-        runs.write_json(folder / "settings.json", named(settings))
+        runs.write_json(folder / "settings.json", named(settings) | {"texts": texts(settings)})
         save(encoder, folder)
     return dressed(load_encoder(folder, settings.device, settings.attention).backbone, settings)
 
@@ -235,6 +258,7 @@ def run_grid(grid: list[Settings]) -> None:
         out = Path(settings.out)
         rows, name = runs.read_rows(out, COLUMNS), named(settings, settings.task)
         key = ["" if value is None else str(value) for value in name.values()]
+        check_texts(folder_of(settings), settings)
         label = " ".join(str(name[part]) for part in ("task", "model", "stage", "position", "seed") if name[part] is not None)
         if any([row[column] for column in NAMED] == key for row in rows) and not settings.save:
             print(f"{number}/{len(grid)}  {label}: in {out} already, skipped")

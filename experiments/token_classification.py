@@ -160,10 +160,8 @@ class Head(nn.Module):
 
 def encode(backbone: Backbone, sentence: Sentence, subtoken: str) -> tuple[list[int], list[int]]:
     """Token ids, and the place of the token that stands for each word."""
-    ids, first = backbone.encode(sentence.words)
-    if subtoken == "first":
-        return ids, first
-    return ids, [max(begin, end - 1) for begin, end in zip(first, [*first[1:], len(ids)])]
+    ids, spans = backbone.spans(sentence.words)
+    return ids, [span[subtoken == "last"] for span in spans]
 
 
 class Features:

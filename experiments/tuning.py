@@ -51,7 +51,7 @@ def documents(source: str, split: str) -> Iterator[str]:
 
 def token_stream(backbone: Backbone, source: str, split: str, most: int = 10_000_000) -> Tokens:
     """A source in a backbone's tokens: the token folder as it is where the tokenizer is the backbone's, else its
-    documents encoded one after the other, until there are `most`."""
+    documents encoded one after the other, with end-of-text between them, until there are `most`."""
     folder = find_folder(source)
     if not Path(source).is_file() and isinstance(backbone, OwnBackbone):
         tokens = open_tokens(folder, split)
@@ -62,6 +62,8 @@ def token_stream(backbone: Backbone, source: str, split: str, most: int = 10_000
         ids += backbone.encode([text])[0]
         if len(ids) >= most:
             break
+        if backbone.end_of_text is not None and ids[-1] != backbone.end_of_text:
+            ids.append(backbone.end_of_text)
     return Tokens(folder, split, np.array(ids[:most], np.int64), {})
 
 

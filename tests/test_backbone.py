@@ -195,6 +195,64 @@ def test_a_local_folder_loads_and_finds_each_words_first_token(local_model):
     assert backbone.states(*pad([ids]), "bw").shape == (1, len(ids), 32)
 
 
+def test_a_words_last_token_is_its_own():
+    """Not the end-of-text token behind the last word, and not a white-space token that belongs to the next word."""
+    words = ["A", " bc", "  d"]
+    backbone = tiny_backbones.hugging_face()  # single bytes: A, space, b, c, space, space, d
+    ids, spans = backbone.spans(words)
+    assert spans == [(0, 0), (2, 3), (6, 6)] and backbone.encode(words) == (ids, [0, 2, 6])
+    backbone.directions = [254, 255]
+    assert backbone.spans(words) == ([254, *ids, 255], [(1, 1), (3, 4), (7, 7)])
+    _, spans = tiny_backbones.own().spans([" zzq", " was"])
+    assert spans == [(0, 3), (4, 4)]
+
+
+def unusual(kind: str, attention: str) -> HuggingFaceBackbone:
+    """Architectures whose attention is not all that mixes tokens, or that put a causal mask of their own on top."""
+    torch.manual_seed(1)
+    if kind == "gpt_neo":
+        config = transformers.GPTNeoConfig(
+            vocab_size=61, max_position_embeddings=64, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global"], 2]])  # fmt: skip
+    elif kind == "bloom":
+        config = transformers.BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4)
+    else:
+        linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+        experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+        layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "head_dim": 8}
+        config = transformers.Qwen3NextConfig(**SIZES | LLAMA | linear | experts | layers)
+    config.initializer_range = 0.3
+    return HuggingFaceBackbone(transformers.AutoModel.from_config(config, attn_implementation=attention).eval())
+
+
+@pytest.mark.parametrize("kind, attention, wrong", [("qwen3_next", "sdpa", "anticausal"), ("gpt_neo", "eager", "anticausal"),
+                                                    ("gpt_neo", "eager", "none"), ("bloom", "eager", "causal")])  # fmt: skip
+def test_a_model_that_does_not_keep_to_a_mask_is_refused(kind, attention, wrong):
+    backbone, (tokens, present) = unusual(kind, attention), pad([[1, 2, 3]])
+    if kind != "bloom":
+        backbone.states(tokens, present, "causal")
+    with pytest.raises(BackboneError, match=f"{wrong} mask") as error:
+        backbone.states(tokens, present, wrong)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mask", ("causal", "anticausal", "none"))
+def test_padding_and_grouping_leave_the_embeddings_gradient_alone(mask):
+    """It is divided by how often the batch holds a token: padding, which has id 0, and other groups must not change that."""
+    gradients = []
+    for rows in ([[0, 3, 0, 5]], [[0, 3, 0, 5], [4] * 20]):  # the long one is padding's reason, and not in the loss
+        backbone = own()
+        backbone.states(*pad(rows), mask)[0, :4].square().sum().backward()
+        gradients.append(backbone.model.embedding.grad[[0, 3, 5]])
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+    backbone = own()  # two lengths, one token: counted over both
+    backbone.states(*pad([[0, 3], [0, 3, 5]]), mask)[:, 0].sum().backward()
+    alone = [own(), own()]
+    for one, row in zip(alone, ([0, 3], [0, 3, 5])):
+        one.states(*pad([row]), mask)[:, 0].sum().backward()
+    expected = sum(one.model.embedding.grad[0] for one in alone) / 2
+    torch.testing.assert_close(backbone.model.embedding.grad[0], expected, rtol=1e-3, atol=1e-3)
+
+
 def test_own_runs_load_by_folder_and_by_file(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"settings": {}}))
     with pytest.raises(BackboneError, match="finished run"):

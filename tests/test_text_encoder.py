@@ -112,7 +112,7 @@ def test_text_in_another_models_tokens(corpus, tmp_path):
     ours, theirs = own(), hugging_face()
     stream = tuning.token_stream(theirs, str(corpus), "val", most=400)
     text = "".join(theirs.tokenizer.decode(stream.data.tolist()))
-    assert len(stream) == 400 and "".join(tuning.documents(str(corpus), "val")).startswith(text)
+    assert len(stream) == 400 and "~".join(tuning.documents(str(corpus), "val")).startswith(text) and "~" in text
     assert tuning.token_stream(ours, str(corpus), "val").data is not None and "tokenizer" in tuning.token_stream(ours, str(corpus), "val").meta
     found = tuning.sentences(str(corpus), "train", 50)
     assert len(found) == len(set(found)) == 50 and all(4 <= len(x.split()) <= 48 and x.endswith(".") for x in found)
@@ -278,6 +278,17 @@ def test_pairs_and_a_hugging_face_model(tmp_path, run_folder, corpus):
     flags = ("--data", corpus, "--stage", "none", "mntp+simcse", "--task", "masked", tmp_path / "sts", "--lora", 2)
     rows = rows_of(tmp_path, tmp_path / "llama", *flags, out="llama.csv")
     assert len(rows) == 4 and rows[3]["lora"] == "2" and rows[0]["lora"] == ""
+
+
+def test_another_text_of_the_same_name_does_not_find_the_old_encoder(tmp_path, run_folder, capsys):
+    for place, text in (("a", "The first text.\n"), ("b", "Another one.\n")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "text.txt").write_text(20 * text)
+    flags = ("--stage", "mntp", "--task", tmp_path / "sts", "--data")
+    rows = rows_of(tmp_path, run_folder, *flags, tmp_path / "a" / "text.txt")
+    with pytest.raises(SystemExit, match="another --data text.txt"):
+        rows_of(tmp_path, run_folder, *flags, tmp_path / "b" / "text.txt")
+    assert rows_of(tmp_path, run_folder, *flags, tmp_path / "a" / "text.txt") == rows and "skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

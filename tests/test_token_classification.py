@@ -361,8 +361,7 @@ def test_wrong_requests_are_one_sentence(tmp_path, model, task, flags, sentence)
 
 
 def test_real_files_are_read_whole():
-    folder = ROOT.parent / "shared" / "data" / "tagging"
-    if not folder.exists():
+    if not (folder := ROOT.parent / "shared" / "data" / "tagging").exists():
         pytest.skip(f"the labelled sentences are not here ({folder.name})")
     wnut, ewt = (tagging.load_task(str(folder / name)) for name in ("wnut17-ner", "ewt-pos"))
     assert (len(ewt.train), len(ewt.dev), len(ewt.test), len(ewt.labels), ewt.metric) == (12544, 2001, 2077, 17, "acc")
@@ -375,11 +374,10 @@ def test_real_files_are_read_whole():
 def test_table_and_figure_average_head_seeds_within_a_model(tmp_path, capsys):
     """Three models with two head seeds each are three independent values, not six; a pair that lacks one is left out."""
     rows = []
-    for k, seed in itertools.product(range(3), (10, 11)):
-        for features, value in (("fw", 0.5), ("fw+bw", 0.6)):
-            row = dict.fromkeys(tc.COLUMNS, "") | {"task": "x", "metric": "f1", "model": f"runs/4x32_pbw0.5_seed{k}_abcdef", "seed": seed}
-            row |= {"features": features, "test": value + 0.01 * k + 0.1 * (seed == 11), "subtoken": "first", "head": "mlp"}
-            rows += [row, row | {"model": f"runs/4x32_pbw0_seed{k}_abcdef", "model_bw": f"runs/4x32_pbw1_seed{k}_abcdef"}]
+    for k, seed, (features, value) in itertools.product(range(3), (10, 11), (("fw", 0.5), ("fw+bw", 0.6))):
+        row = dict.fromkeys(tc.COLUMNS, "") | {"task": "x", "metric": "f1", "model": f"runs/4x32_pbw0.5_seed{k}_abcdef", "seed": seed}
+        row |= {"features": features, "test": value + 0.01 * k + 0.1 * (seed == 11), "subtoken": "first", "head": "mlp"}
+        rows += [row, row | {"model": f"runs/4x32_pbw0_seed{k}_abcdef", "model_bw": f"runs/4x32_pbw1_seed{k}_abcdef"}]
     tc.runs.write_table(tmp_path / "scores.csv", rows, tc.COLUMNS)
     plot.main([str(tmp_path / "scores.csv")])
     out = capsys.readouterr().out
@@ -396,5 +394,7 @@ def test_table_and_figure_average_head_seeds_within_a_model(tmp_path, capsys):
     assert "| fw | p_bw = 0.5 | frozen + CRF |  | 57.60 ± 2.48 |" in capsys.readouterr().out and (tmp_path / "few_shot.png").exists()
     tc.runs.write_json(tmp_path / "4x32_pbw1_seed3_abcdef" / "config.json", {"settings": {"task": "bw"}, "params": 1, "data": {}})
     assert plot.short(str(tmp_path / "4x32_pbw1_seed3_abcdef"), {})[0] == "bw only"
-    with pytest.raises(SystemExit, match="no results"):
-        plot.main([str(tmp_path / "none.csv")])
+    tc.runs.write_table(tmp_path / "twice.csv", [*rows, rows[0] | {"model": "runs/4x32_pbw0.5_seed0_123456"}], tc.COLUMNS)
+    for table, sentence in (("none", "no results"), ("twice", "two different runs of .*p_bw = 0.5, seed 0")):
+        with pytest.raises(SystemExit, match=sentence):
+            plot.main([str(tmp_path / f"{table}.csv")])
