@@ -170,8 +170,8 @@ def ratio_curve(terms: list[Term], x: str = "epoch", window=None, points: int = 
 def windows(terms: list[Term], x: str = "epoch", asked: tuple[float, float] | None = None) -> dict[str, tuple[float, float]]:
     """Parts of training as intervals of x: early (the first epoch of the top runs), all, late (the second half).
 
-    What came before the first evaluation is in none of them. early is left out where training ends with it. `asked`: this window of epochs instead, if the runs cover it: to
-    within 1 % at its end, and at least its second half.
+    What came before the first evaluation is in none of them. early is left out where training ends with it. `asked`:
+    this window of epochs instead, if the runs cover it: to within 1 % at its end, and at least its second half.
     """
     lines = [trajectory(run, term.top_column, x)[0] for term in terms for run in (term.top, term.bottom)]
     if any(len(line) == 0 for line in lines):

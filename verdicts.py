@@ -165,11 +165,11 @@ def whole_over_one_block(scope: Scope) -> dict[str, np.ndarray]:
 
 
 def half_over_whole(scope: Scope) -> dict[str, np.ndarray]:
-    """Of the narrowest models."""
-    ratios = scope.of(ratio1(scope.study, scope.variant, "ppl"))
-    narrow = min((cell.width for cell in ratios), default=0)
-    ratios = {cell: terms for cell, terms in ratios.items() if cell.width == narrow}
-    return _cuts(scope, ratios, lambda logs: logs[:, logs.shape[1] // 2 - 1] - logs[:, -1])
+    """Of the narrowest models that were cut."""
+    ratios = ratio1(scope.study, scope.variant, "ppl")
+    found = _cuts(scope, ratios, lambda logs: logs[:, logs.shape[1] // 2 - 1] - logs[:, -1])
+    widths = {cell.label: cell.width for cell in ratios}
+    return {label: logs for label, logs in found.items() if widths[label] == min(widths[other] for other in found)}
 
 
 def _cuts(scope: Scope, ratios: Ratios, contrast: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
