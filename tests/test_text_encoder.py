@@ -108,6 +108,19 @@ def test_adapters_alone_are_trained_and_saving_merges_them(tmp_path):
         assert (vectors - Encoder(hugging_face(kind, tie=True)).encode(TEXTS)).abs().max() > 0.01
 
 
+def test_the_seed_decides_where_adapters_begin(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"The river number {k} is long.\n" for k in range(40)))
+
+    def first(seed: int, before: int) -> torch.Tensor:
+        backbone = hugging_face()
+        torch.manual_seed(before)  # what ran before in the same process
+        text, val = (tuning.token_stream(backbone, str(tmp_path / "text.txt"), split) for split in ("train", "val"))
+        mntp.train(backbone, mntp.output_head(backbone, ""), text, val, mntp.Masking.of(backbone), 1, 0.0, 2, 16, lora=2, seed=seed, val_windows=2)
+        return next(x for name, x in backbone.named_parameters() if "lora_A" in name).detach()
+
+    assert torch.equal(first(10, 0), first(10, 1)) and not torch.equal(first(10, 0), first(11, 0))
+
+
 def test_text_in_another_models_tokens(corpus, tmp_path):
     ours, theirs = own(), hugging_face()
     stream = tuning.token_stream(theirs, str(corpus), "val", most=400)
