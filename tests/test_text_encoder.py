@@ -112,7 +112,7 @@ def test_the_seed_decides_where_adapters_begin(tmp_path):
     (tmp_path / "text.txt").write_text("".join(f"The river number {k} is long.\n" for k in range(40)))
 
     def first(seed: int, before: int) -> torch.Tensor:
-        backbone = hugging_face()
+        backbone = hugging_face(tie=True)
         torch.manual_seed(before)  # what ran before in the same process
         text, val = (tuning.token_stream(backbone, str(tmp_path / "text.txt"), split) for split in ("train", "val"))
         mntp.train(backbone, mntp.output_head(backbone, ""), text, val, mntp.Masking.of(backbone), 1, 0.0, 2, 16, lora=2, seed=seed, val_windows=2)
