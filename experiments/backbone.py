@@ -245,7 +245,8 @@ class HuggingFaceBackbone(Backbone):
         tokens[place + 1, place] = T  # row j + 1: another token at j
         tokens = tokens.to(next(self.model.parameters()).device)
         try:
-            states = self.model.eval() and self.run(tokens, torch.ones_like(tokens, dtype=torch.bool), mask).last_hidden_state
+            self.model.eval()
+            states = self.run(tokens, torch.ones_like(tokens, dtype=torch.bool), mask).last_hidden_state
             moved = (states[1:] != states[0]).any(-1).T.cpu()  # [i, j]: the state of i with the token at j
         except (ValueError, TypeError, RuntimeError, IndexError, KeyError) as error:
             raise BackboneError(f"{self.name} cannot be run with a {mask} mask ({str(error).splitlines()[0]})") from None
@@ -254,7 +255,8 @@ class HuggingFaceBackbone(Backbone):
         seen = {"causal": place <= place[:, None], "anticausal": place >= place[:, None], "none": torch.ones(T, T, dtype=torch.bool)}[mask]
         if not torch.equal(moved, seen):
             raise BackboneError(f"{self.name} does not keep to a {mask} mask (position by seen token: {moved.int().tolist()}): "
-                                f"models of type {self.model.config.model_type} mix tokens in other ways, too, and cannot be used so")  # fmt: skip
+                                f"models of type {self.model.config.model_type} do not leave to attention, or not to this mask, "
+                                f"what a token sees, and cannot be used so")  # fmt: skip
         self.trusted.add(mask)
 
     def run(self, tokens: Tensor, present: Tensor, mask: str, all_layers: bool = False):
