@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 from drawing import COLOURS, new_figure, write_png
@@ -14,6 +15,8 @@ from runs import RunError, read_json, write_atomically
 
 MARKS = ("<!-- tables: written by python bench.py --report -->", "<!-- end of tables -->")
 NONE = "not measured"
+WAYS = {"device": ("cpu", "cuda"), "dtype": ("float32", "bfloat16"), "attention": ("plain", "kernel"), "compile": ("off", "on")}  # of bench_parity.py
+MASKS = ("causal", "anticausal", "none", "flipped")
 PASSES = {"fw": 1, "bw": 1, "fw+bw": 2, "reference": 1, "hlb-gpt": 1, "nanoGPT": 1}
 
 
@@ -162,6 +165,30 @@ def prepare_words(figures: dict) -> str:
     return f"{words} (tiktoken: {figures['tiktoken_mb_per_s']:.1f} MB/s on one of {figures['cores']} cores)"
 
 
+def parity_cells(way: dict, rows: list[dict]) -> list[str]:
+    """Of bench_parity.py's rows of a way, the worst of all lengths: hidden gradient, mirror, and the loss difference of every mask."""
+    rows = [row for row in rows if all(row[name] == way[name] for name in WAYS)]
+    if not rows:
+        return ["not run"] * (2 + len(MASKS))
+    worst = [max(row["hidden"] for row in rows), max(row["mirror"] for row in rows if row["mask"] == "anticausal")]
+    return [f"{x:.1g}" for x in worst + [max(row["steps"] for row in rows if row["mask"] == mask) for mask in MASKS]]
+
+
+def parity_words(way: dict, rows: list[dict]) -> str:
+    hidden, mirror, *steps = parity_cells(way, rows)
+    name = f"{way['device']}, {way['dtype']}, {way['attention']} attention, compile {way['compile']}"
+    return f"{name}: hidden gradient {hidden}, mirror {mirror}, losses of fifty steps within {', '.join(steps)} nats ({', '.join(MASKS)})"
+
+
+def parity_table(files: list[dict]) -> str:
+    rows = {tuple(row[name] for name in (*WAYS, "mask", "length")): row for content in files for row in content.get("parity", [])}  # the newest
+    lengths = sorted({row["length"] for row in rows.values()})
+    ways = [dict(zip(WAYS, names)) for names in product(*WAYS.values())]
+    header = [*WAYS, "hidden gradient", "mirror", *(f"{mask}, nats" for mask in MASKS)]
+    text = f"Lengths {', '.join(map(str, lengths))}. " if rows else ""
+    return text + "`python bench_parity.py` says what the columns are.\n\n" + table(header, [[*way.values(), *parity_cells(way, list(rows.values()))] for way in ways])
+
+
 def spread(point: dict, name: str) -> str:
     if name not in point["times"]:
         return NONE
@@ -202,6 +229,7 @@ def tables(files: list[dict]) -> str:
         points = latest(files, device)
         parts.append(f"### {name}")
         parts += [step_table(points), *(details(p) for p in points if p["full"])] if points else [f"Not measured: no {name} was at hand."]
+    parts += ["### Every way to compute the model, against the plain one", parity_table(files)]
     parts += ["### Commands", table(["file", "date", "command"], [[f"`{c['file']}`", c["date"], f"`{c['command']}`"] for c in files])]
     return "\n\n".join(parts)
 

@@ -1,0 +1,83 @@
+"""Every way this machine has to compute the model, against the plain one; and faults that bench_parity.py must see."""
+
+import itertools
+import json
+import shutil
+
+import pytest
+import torch
+
+import bench_parity
+import bench_report
+import model
+from bench_parity import PLAIN, Way, all_ways, check
+
+WAYS = [way for way in all_ways() if way.device == "cpu" or torch.cuda.is_available()]
+LENGTHS = (17, 129)
+BOUNDS = {"float32": (1e-5, 1e-4), "bfloat16": (0.02, 0.05)}  # mirror, nats; the losses fall by 2 nats
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join((way.device, way.dtype, way.attention, way.compile)))
+def test_every_way_trains_the_same_model(way):
+    if way.compile == "on" and way.device == "cpu" and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    mirror, nats = BOUNDS[way.dtype]
+    rows = list(check(way, LENGTHS))
+    assert [(row["mask"], row["length"]) for row in rows] == list(itertools.product(model.MASKS, LENGTHS))
+    for row in rows:
+        assert row["hidden"] == 0, row
+        assert row["steps"] <= nats, row
+        assert row["mirror"] is None or row["mirror"] <= mirror, row
+        assert 2 < row["last_loss"] < 4.5, row  # of ln 510 = 6.2 at first: something was learned
+
+
+def leaks(query, key, value, slope):
+    logits = query @ key.mT * query.shape[-1] ** -0.5
+    return logits.softmax(-1) @ value
+
+
+def one_too_far(query, key, value, slope):
+    """Causal, but the slope is a tenth too steep."""
+    positions = torch.arange(query.shape[-2])
+    return model.plain_attention(query, key, value, model.position_bias("causal", 1.1 * slope, positions, positions, 10**6))
+
+
+def blind(query, key, value, slope):
+    return value
+
+
+@pytest.mark.parametrize("fault, what, least", [(leaks, "hidden", 1e-6), (blind, "hidden", torch.inf), (one_too_far, "steps", 1e-5)])
+def test_a_fault_in_the_kernel_shows(monkeypatch, fault, what, least):
+    monkeypatch.setattr(model, "kernel_attention", fault)
+    rows = [row for row in check(Way("cpu", "float32", "kernel", "off"), (17,)) if row["mask"] == "causal"]
+    assert rows[0][what] >= least
+
+
+def test_a_backward_pass_that_is_not_mirrored_shows(monkeypatch):
+    monkeypatch.setattr(model, "position_bias", lambda mask, slope, i, j, n, exact=model.position_bias: exact(mask, slope * (1 + (mask == "anticausal")), i, j, n))
+    assert bench_parity.mirror_difference(PLAIN.model(17), 17) > 1e-6
+
+
+def test_the_head_is_trained_in_more_than_one_chunk():
+    assert bench_parity.BATCH_TOKENS > model.HeadLoss.CHUNK
+    assert all(bench_parity.made_up_text(50 * bench_parity.BATCH_TOKENS, n).shape[0] // 50 * n > model.HeadLoss.CHUNK for n in bench_parity.LENGTHS)
+
+
+def test_the_script_fills_its_table_and_says_what_was_not_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_parity, "STEPS", 2)
+    bench_parity.plain_losses.cache_clear()
+    path = bench_parity.main(["--lengths", "5", "--device", "cpu", "--compile", "off", "--out", str(tmp_path)])
+    bench_parity.plain_losses.cache_clear()
+    content = json.loads(path.read_text())
+    assert len(content["parity"]) == 4 * len(model.MASKS) and content["device"] == "cpu" and content["versions"]["torch"] == torch.__version__
+    assert "cpu, float32, kernel attention, compile off: hidden gradient 0, mirror 0" in capsys.readouterr().out
+    table = bench_report.parity_table(bench_report.read(tmp_path))
+    assert "| cpu | float32 | kernel | off | 0 | 0 |" in table
+    assert table.count("not run") == 6 * 12  # cuda, and everything compiled
+    assert bench_report.MASKS == model.MASKS
+
+
+def test_lengths_that_hold_no_target_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench_parity.main(["--lengths", "1"])
+    assert "at least 2" in capsys.readouterr().err
