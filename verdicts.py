@@ -4,7 +4,8 @@
 
 A claim is measured as a log-ratio per seed and held against a threshold. It *holds*, or *does not hold*, if the 95 %
 t-interval over at least three seeds lies on one side of it; else it is undecided, and the row says how many seeds would
-decide it if mean and spread stay as observed. Where a claim is about one model, the largest size with three seeds speaks.
+decide it if mean and spread stay as observed. A single loss below the entropy of its text settles the question of the leak.
+Where a claim is about one model, the largest size with three seeds speaks.
 """
 
 from __future__ import annotations
@@ -16,40 +17,19 @@ from typing import Callable, NamedTuple
 import numpy as np
 
 import article
-from cells import FW_ONLY, Cell, Group, Study, Variant, choose
-from compare import (
-    Ratios, bw_against_bw_only, bw_passes, corrected, cut_values, final, log_ratios, lowest, paired, ratio1, ratio2,
-    ratio2_separate, ratio_curve, share_of_the_way, windows,
+from cells import Group, Study, Variant, choose
+from compare import bw_against_bw_only, bw_passes, corrected, log_ratios, ratio1, ratio2, share_of_the_way
+from measures import (
+    Measure, Scope, at_the_end, barrier, below_floor, bw_over_floor, dropout_instead, end_over_first_epoch, gap_growth_with_context, growth,
+    growth_with_size, half_over_whole, on_repeated_text, over_right_mask, separate, whole_over_one_block,
 )  # fmt: skip
 from published import ARROW_OF_TIME
-from report import floor_of, plus_minus
-from runs import CONTEXT_COLUMNS, MERGE_COLUMNS, read_table, table_name
+from report import plus_minus
 from stats import mean_interval, paired_interval, seeds_needed
 
 NEEDED = 3  # seeds; fewer give no verdict
 ABSENT = "not in this study"
 ENOUGH, NO_COST, BARRIER = 1.05, 0.99, 1.01  # how much worse still counts as "as well", "no cost", "no barrier"
-
-
-class Scope(NamedTuple):
-    """What a claim is measured on: the cells of one group (data, mask), `variant` against p_bw = 0."""
-
-    study: Study
-    variant: Variant
-    group: Group
-
-    def of(self, ratios: Ratios) -> Ratios:
-        return {cell: terms for cell, terms in ratios.items() if cell.group == self.group}
-
-    def cells(self) -> dict[Cell, dict]:
-        return {cell: by for cell, by in self.study.cells.items() if cell.group == self.group}
-
-    def limited(self) -> dict[Cell, dict]:
-        """What has a part of the text only, or dropout, and equals the group otherwise."""
-        return {cell: by for cell, by in self.study.limited.items() if cell.group.on_all_text() == self.group.on_all_text()}
-
-
-Measure = Callable[[Scope], dict[str, np.ndarray]]  # {which model: log-ratio of each seed}, by size
 
 
 @dataclass(frozen=True)
@@ -63,6 +43,7 @@ class Claim:
     judged: str = "anticausal"
     gate: Callable[[Scope, str], str] = lambda scope, label: ""  # a reason to leave it undecided
     remark: Callable[[Scope, str], str] = lambda scope, label: ""
+    proof: Callable[[Scope, str], str] = lambda scope, label: ""  # a reason that settles it, whatever the interval
 
 
 class Row(NamedTuple):
@@ -73,160 +54,6 @@ class Row(NamedTuple):
     anticausal: str
     interval: str
     verdict: str
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measures
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def at_the_end(ratio: Callable[[Study, Variant], Ratios]) -> Measure:
-    return lambda scope: {cell.label: log_ratios(terms) for cell, terms in scope.of(ratio(scope.study, scope.variant)).items()}
-
-
-def end_over_first_epoch(ratio: Callable[[Study, Variant], Ratios]) -> Measure:
-    """Nothing where training has no more than one epoch. Both points are fixed beforehand: no lowest one is picked."""
-
-    def measure(scope: Scope) -> dict[str, np.ndarray]:
-        found = {}
-        for cell, terms in scope.of(ratio(scope.study, scope.variant)).items():
-            early = windows(terms).get("early")
-            if early:
-                _, top, bottom = ratio_curve(terms, "epoch", early)
-                found[cell.label] = log_ratios(terms) - np.log(top / bottom)[:, -1]
-        return found
-
-    return measure
-
-
-def growth(params: np.ndarray, logs: np.ndarray) -> np.ndarray:
-    """Slope of logs (sizes, seeds) over log10 params (sizes,), by least squares: log of the factor per tenfold size."""
-    x = np.log10(np.asarray(params, float))
-    x = x - x.mean()
-    return x @ np.asarray(logs, float) / (x @ x)
-
-
-def growth_with_size(ratio: Callable[[Study, Variant], Ratios]) -> Measure:
-    def measure(scope: Scope) -> dict[str, np.ndarray]:
-        found = scope.of(ratio(scope.study, scope.variant))
-        seeds = set.intersection(*({term.seed for term in terms} for terms in found.values())) if found else set()
-        if len(found) < 3 or not seeds:
-            return {}
-        if more := sorted({term.seed for terms in found.values() for term in terms} - seeds):
-            scope.study.note(f"growth with size: seed{'s' * (len(more) > 1)} {', '.join(map(str, more))} not at every size")
-        logs = [log_ratios([term for term in terms if term.seed in seeds]) for terms in found.values()]
-        return {f"{len(found)} sizes": growth([cell.params for cell in found], logs)}
-
-    return measure
-
-
-def bw_over_floor(scope: Scope) -> dict[str, np.ndarray]:
-    """Of every p_bw, the highest last: whether a mask leaks shows best where the bw task was trained most."""
-    found = {}
-    for cell, by in scope.cells().items():
-        for variant, seeds in by.items():
-            floor = floor_of(seeds.values())
-            if floor and variant.trains("bw"):
-                found[f"{cell.label}, {variant.label}"] = np.log([final(run, "bw_loss") / floor[0] for _, run in sorted(seeds.items())])
-    return found
-
-
-def on_repeated_text(at_best: bool) -> Measure:
-    """Ratio 1 where the text was seen most often, at the end of training or at each run's best evaluation."""
-
-    def measure(scope: Scope) -> dict[str, np.ndarray]:
-        cells = {cell: by for cell, by in scope.limited().items() if not cell.group.dropout}
-        found = {}
-        for cell, terms in paired(scope.study, FW_ONLY, "fw_loss", scope.variant, "fw_loss", cells).items():
-            epochs = np.mean([final(term.top, "epoch") for term in terms])
-            pairs = [math.log(lowest(t.top, "fw_loss") / lowest(t.bottom, "fw_loss")) for t in terms]
-            found[epochs, cell.params] = f"{cell.label}, {epochs:.3g} epochs", np.array(pairs) if at_best else log_ratios(terms)
-        return dict(found[key] for key in sorted(found))
-
-    return measure
-
-
-def dropout_instead(scope: Scope) -> dict[str, np.ndarray]:
-    """fw loss of p_bw = 0 without dropout / with it, at each run's best evaluation, where the text was seen most often."""
-    everything, found = scope.cells() | scope.limited(), {}
-    for cell, by in everything.items():
-        plain = everything.get(cell._replace(group=cell.group._replace(dropout=0.0)), {}).get(FW_ONLY, {})
-        seeds = sorted(set(plain) & set(by.get(FW_ONLY, {})))
-        if cell.group.dropout and seeds:
-            epochs = np.mean([final(plain[seed], "epoch") for seed in seeds])
-            logs = [math.log(lowest(plain[seed], "fw_loss") / lowest(by[FW_ONLY][seed], "fw_loss")) for seed in seeds]
-            label = f"{cell.label}, {epochs:.3g} epochs, dropout {cell.group.dropout:g}"
-            found[epochs, cell.params, cell.group.dropout] = label, np.array(logs)
-    return dict(found[key] for key in sorted(found))
-
-
-def whole_over_one_block(scope: Scope) -> dict[str, np.ndarray]:
-    return _cuts(scope, ratio2(scope.study, scope.variant), lambda logs: logs[:, -1] - logs[:, 0])
-
-
-def half_over_whole(scope: Scope) -> dict[str, np.ndarray]:
-    """Of the narrowest models that were cut."""
-    ratios = ratio1(scope.study, scope.variant, "ppl")
-    found = _cuts(scope, ratios, lambda logs: logs[:, logs.shape[1] // 2 - 1] - logs[:, -1])
-    widths = {cell.label: cell.width for cell in ratios}
-    return {label: logs for label, logs in found.items() if widths[label] == min(widths[other] for other in found)}
-
-
-def _cuts(scope: Scope, ratios: Ratios, contrast: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
-    found = {}
-    for cell, terms in scope.of(ratios).items():
-        top, bottom = cut_values(scope.study, terms)
-        if len(top) and cell.depth > 1:
-            found[cell.label] = contrast(np.log(top / bottom))
-    return found
-
-
-def separate(scope: Scope) -> dict[str, np.ndarray]:
-    return {cell.label: log_ratios(terms) for cell, terms in scope.of(ratio2_separate(scope.study)).items()}
-
-
-def gap_growth_with_context(scope: Scope) -> dict[str, np.ndarray]:
-    """log(bw / fw) of two single-direction models with the longest context, minus that with the shortest.
-
-    From context.csv, or where no pair has it, from the table of most windows of the same text.
-    """
-    found = {}
-    for cell, terms in scope.of(ratio2_separate(scope.study)).items():
-        limited = {int(n) for term in terms for path in term.top.folder.glob("context_*windows.csv") if (n := path.stem[8:-7]).isdigit()}
-        for count in (None, *sorted(limited, reverse=True)):
-            gaps = []
-            for term in terms:
-                paths = [run.folder / table_name("context", None, count) for run in (term.top, term.bottom)]
-                if all(path.exists() for path in paths):
-                    gap = np.log(_by_context(paths[1], "bw") / _by_context(paths[0], "fw")).dropna()
-                    gaps += [gap.iloc[-1] - gap.iloc[0]] if len(gap) > 1 else []
-            if gaps:
-                found[cell.label + (f", {count} windows" if count else "")] = np.array(gaps)
-                break
-    return found
-
-
-def _by_context(path, direction: str):
-    table = read_table(path, CONTEXT_COLUMNS)
-    return table[table["direction"] == direction].set_index("context")["loss"].sort_index()
-
-
-def barrier(scope: Scope) -> dict[str, np.ndarray]:
-    """Between the weights of p_bw = 0 and `variant`: the highest fw loss over the straight line between its ends (logs)."""
-    path = scope.study.folder / "merge.csv"
-    table = read_table(path, MERGE_COLUMNS) if path.exists() else None
-    found = {}
-    for cell, by in scope.cells().items() if table is not None else ():
-        pairs = {frozenset((run.name, by[scope.variant][seed].name)) for seed, run in by.get(FW_ONLY, {}).items() if seed in by.get(scope.variant, {})}
-        heights = []
-        for ends, line in table.groupby(["run_a", "run_b"]):
-            if frozenset(ends) in pairs:
-                line = line.sort_values("weight")
-                weights, logs = line["weight"].to_numpy(), np.log(line["fw_loss"].to_numpy())
-                heights.append((logs - np.interp(weights, weights[[0, -1]], logs[[0, -1]])).max())
-        if heights:
-            found[cell.label] = np.array(heights)
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,9 +91,11 @@ def claims(variant: Variant) -> tuple[Claim, ...]:
     p = variant.label
     return (
         Claim("1 leak", "The published mask shows the model its targets: bw loss / entropy of the text below 1",
-              f"bw loss {article.BW_LOSS_32X1536} nats (32 x 1536)", bw_over_floor, 1.0, False, "flipped"),
+              f"bw loss {article.BW_LOSS_32X1536} nats (32 x 1536)", bw_over_floor, 1.0, False, "flipped",
+              proof=below_floor),
         Claim("1 leak", f"bw is learned better than fw: ratio 2 at {p} above 1",
-              f"{small.ratio2:g} ({small.label}) to {most.ratio2:g} ({most.label})", at_the_end(ratio2), 1.0),
+              f"{small.ratio2:g} ({small.label}) to {most.ratio2:g} ({most.label})", at_the_end(ratio2), 1.0,
+              remark=over_right_mask),
         Claim("1 leak", "Ratio 2 grows with size: its factor per tenfold parameters above 1", f"{grown2:.2f}", growth_with_size(ratio2), 1.0),
         Claim("1 leak", "Ratio 2 grows with training: at the end / after one epoch above 1",
               f"{first[1] / first[2]:.2f} (epoch 1) to {end[1] / end[2]:.2f} (epoch 10), {middle.label}", end_over_first_epoch(ratio2), 1.0),
@@ -345,7 +174,7 @@ def row(claim: Claim, scope: Scope) -> Row:
         texts[mask] = show(label, values, interval=mask != claim.judged) + (f"; {remark}" if remark else "")
         if mask == claim.judged:
             interval = "[{}, {}]".format(*map(_number, paired_interval(values)[1:])) if len(values) > 1 else "none (n = 1)"
-            verdict = claim.gate(sides[mask], label) or decide(values, claim.threshold, claim.above)
+            verdict = claim.proof(sides[mask], label) or claim.gate(sides[mask], label) or decide(values, claim.threshold, claim.above)
     return Row(claim.question, claim.text, claim.article, texts["flipped"], texts["anticausal"], interval, verdict)
 
 

@@ -10,6 +10,7 @@ from conftest import ROOT
 from test_plot_results import P5, plant, plant_pairs
 
 import article
+import measures
 import plot_results
 import runs
 import stats
@@ -183,7 +184,7 @@ def test_new_settings_never_meet_in_a_pair(tmp_path):
     (terms,) = ratio1(study, P5).values()
     assert [term.seed for term in terms] == [0, 1, 2] and np.exp(log_ratios(terms)) == pytest.approx(1.5)
     assert [(c.group.unique_tokens, c.group.dropout) for c in study.limited] == [(1000, 0.0), (1000, 0.1)]
-    measured = verdicts.on_repeated_text(False)(verdicts.Scope(study, P5, study.groups[0]))
+    measured = measures.on_repeated_text(False)(measures.Scope(study, P5, study.groups[0]))
     assert [np.exp(values) for values in measured.values()] == [pytest.approx(1.2)]  # without the dropout runs
     plant(tmp_path, seed=3, colour="red")
     plant(tmp_path, seed=3, p_bw=0.05, colour="blue")
@@ -216,7 +217,7 @@ def test_a_setting_that_differs_only_across_masks_or_dropout_keeps_them_apart(tm
     study = load(tmp_path)
     assert {cell.group.extras for cell in study.cells | study.limited} == {(("lr", "0.01"),), (("lr", "0.0001"),)}
     assert [cell.group.bw_mask for cell in ratio1(study, P5)] == ["anticausal"]
-    assert verdicts.dropout_instead(verdicts.Scope(study, P5, study.groups[-1])) == {}
+    assert measures.dropout_instead(measures.Scope(study, P5, study.groups[-1])) == {}
 
 
 def test_the_flipped_mask_borrows_the_forward_model_for_forward_losses_only(tmp_path):
@@ -278,14 +279,29 @@ def test_verdicts_over_sizes_and_training(tmp_path):
     rows = rows_of(tmp_path)
     assert rows["fw pays at every size"].verdict == "holds" and "below 1 at 3, above at 0" in rows["fw pays at every size"].anticausal
     leak = rows["The published mask shows the model its targets"]
-    assert leak.verdict == "holds" and leak.anticausal.endswith("(2 x 256, p_bw = 0.05, n = 3)")
+    assert leak.verdict == "holds: 3 of 3 runs below" and leak.anticausal.endswith("(2 x 256, p_bw = 0.05, n = 3)")
     assert rows["bw is learned better than fw"].verdict == "does not hold" and "2 x 256, n = 3" in rows["bw is learned better than fw"].anticausal
     assert rows["No cost to fw in the largest model"].verdict == "does not hold"
     assert rows["The cost shrinks with size"].verdict == "holds" and rows["Dip, then recovery with training"].verdict == "holds"
     narrow = rows["Cut to half, a narrow two-direction model gains on fw only"]
     assert "2 x 64" in narrow.anticausal
+    assert " times that of the right mask" in rows["bw is learned better than fw"].flipped
     absent = [claim for claim, row in rows.items() if row.verdict == "not in this study"]
     assert any("On repeated text" in claim for claim in absent) and any("barrier" in claim for claim in absent)
+
+
+def test_one_run_below_the_entropy_proves_the_leak_and_a_mean_above_it_does_not_refute_it(tmp_path):
+    claim = "The published mask shows the model its targets"
+    for seed, bw in enumerate((0.99, 3.0, 5.0)):  # the first within three errors of the entropy, 1 +- 0.01
+        plant(tmp_path, seed=seed, fw=3.0, bw=bw, p_bw=0.05, bw_mask="flipped", floor=1.0)
+        plant(tmp_path, seed=seed, fw=3.0, bw=4.0, p_bw=0.05, floor=1.0)
+    assert "holds" not in rows_of(tmp_path)[claim].verdict.replace("not hold", "")
+    plant(tmp_path, seed=3, fw=3.0, bw=0.5, p_bw=0.05, bw_mask="flipped", floor=1.0)
+    plant(tmp_path, seed=3, fw=3.0, bw=4.0, p_bw=0.05, floor=1.0)
+    rows = rows_of(tmp_path)
+    assert rows[claim].verdict == "holds: 1 of 4 runs below"
+    ratio = np.exp(np.mean(np.log([4 / 0.99, 4 / 3, 4 / 5, 4 / 0.5])))  # same fw: ratio 2 differs as the bw losses do
+    assert f"{ratio:.2f} [" in rows["bw is learned better than fw"].flipped
 
 
 def test_verdicts_on_layers_context_and_merging(tmp_path):
@@ -301,8 +317,8 @@ def test_verdicts_on_layers_context_and_merging(tmp_path):
         merge = pd.DataFrame(line, columns=runs.MERGE_COLUMNS)
         merge.to_csv(tmp_path / "merge.csv", mode="a", header=seed == 0, index=False)
     study = load(tmp_path)
-    scope = verdicts.Scope(study, P5, study.groups[0])
-    (growth,), (barrier,), (cuts,) = (f(scope).values() for f in (verdicts.gap_growth_with_context, verdicts.barrier, verdicts.whole_over_one_block))
+    scope = measures.Scope(study, P5, study.groups[0])
+    (growth,), (barrier,), (cuts,) = (f(scope).values() for f in (measures.gap_growth_with_context, measures.barrier, measures.whole_over_one_block))
     assert np.exp(growth) == pytest.approx([1.01**2, 1.011**2, 1.012**2])
     assert barrier == pytest.approx(np.log(1 + 0.075 / (1 + 0.001 * np.arange(3))))
     assert np.exp(cuts) == pytest.approx(1.6**-0.5)
@@ -312,7 +328,7 @@ def test_verdicts_on_layers_context_and_merging(tmp_path):
     merged = pd.read_csv(tmp_path / "merge.csv")
     merged.loc[merged["run_a"].str.contains("seed0"), "run_b"] = merged["run_b"].iloc[-1]  # of two seeds: no pair
     merged.to_csv(tmp_path / "merge.csv", index=False)
-    assert len(*verdicts.barrier(scope).values()) == 2
+    assert len(*measures.barrier(scope).values()) == 2
     for path in tmp_path.glob("*/context.csv"):  # measured on some windows only: said so, and other texts never count
         path.rename(path.with_name("context_64windows.csv"))
     for path in tmp_path.glob("*seed0/context_64windows.csv"):
