@@ -28,7 +28,8 @@ __all__ = [  # what belongs to comparing, wherever it is written down: figures i
     "paired_interval", "variant_of", "variants",
 ]  # fmt: skip
 
-ORDERS = ("mean_then_ratio", "ratio_then_mean")
+ORDER_WORDS = {"mean_then_ratio": "ratio of the means over seeds", "ratio_then_mean": "mean over seeds of their ratios"}
+ORDERS = tuple(ORDER_WORDS)
 METRICS = ("loss", "acc", "ppl")
 
 

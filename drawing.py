@@ -18,16 +18,18 @@ from typing import Sequence
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image  # comes with matplotlib
 
-from cells import BUDGETS, BW_ONLY, FW_ONLY, Group, Study, Variant, choose, variants
+from cells import BUDGETS, BW_ONLY, FW_ONLY, Group, Study, Variant, choose
 from compare import Ratios, ratio1, ratio2
 from report import short
 from runs import Run, write_atomically
+from stats import mean_interval
 
 # Okabe and Ito's colours, told apart with any colour vision; ratios use RdBu (blue: above 1), centred at 1.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -84,17 +86,20 @@ class Options:
 
 
 def variant_colours(study: Study) -> dict[Variant, str]:
-    """One colour per variant in all of a study's figures, whichever of them a panel shows.
+    """One colour per variant in all figures: the usual ones are the same in every study.
 
     A sweep of p_bw has more of them than there are colours to tell apart: then two scales that darken with p_bw.
     """
-    found = variants(study)
+    everything = [*study.cells.values(), *study.limited.values()]
+    found = sorted({variant for by in everything for variant in by}, key=lambda v: (v.p_bw, v.task))
+    usual = {FW_ONLY: COLOURS[0], Variant("fw+bw", 0.05): COLOURS[1], BW_ONLY: COLOURS[2], Variant("fw+bw", 0.5): COLOURS[3]}
     if len(found) <= len(COLOURS):
-        return dict(zip(found, COLOURS))
-    colours = {FW_ONLY: "#000000", BW_ONLY: "#CC79A7"}
-    for scale, members in (("Blues", [v for v in found if v.task != "fw-or-bw"]), ("Oranges", [v for v in found if v.task == "fw-or-bw"])):
+        left = iter([colour for colour in COLOURS if colour not in {usual[v] for v in found if v in usual}])
+        return {variant: usual.get(variant) or next(left) for variant in found}
+    colours = {FW_ONLY: COLOURS[0], BW_ONLY: COLOURS[2]}
+    for scale, members in (("Oranges", [v for v in found if v.task != "fw-or-bw"]), ("Purples", [v for v in found if v.task == "fw-or-bw"])):
         members = [v for v in members if v not in colours]
-        shades = colormaps[scale](np.linspace(0.45, 1.0, max(len(members), 1)))
+        shades = colormaps[scale](np.linspace(0.4, 1.0, max(len(members), 1)))
         colours |= {variant: to_hex(shade) for variant, shade in zip(members, shades)}
     return {variant: colours[variant] for variant in found}
 
@@ -104,6 +109,15 @@ def by_group(study: Study, ratios: Ratios) -> dict[Group, Ratios]:
     for cell, terms in ratios.items():
         groups.setdefault(cell.group, {})[cell] = terms
     return groups
+
+
+PALE = "Pale: the 95 % t-interval over seeds holds 1. "
+
+
+def holds_one(logs: np.ndarray) -> np.ndarray:
+    """Log-ratios (seeds, ...) -> (...): whether the 95 % t-interval over seeds holds a ratio of 1; always, with one seed."""
+    mean, half = mean_interval(np.moveaxis(logs, 0, -1))
+    return ~(np.abs(mean) > half)
 
 
 def runs_of(ratios: Ratios) -> list[Run]:
@@ -162,6 +176,7 @@ def save(study: Study, figure: Figure, group: Group, name: str, title: str, capt
     """Adds title and caption, and writes the PNG. The group goes into the name where a study has several."""
     figure.suptitle(title, fontsize=11)
     width = figure.get_size_inches()[0]
+    caption = f"Study {study.folder.name}. {caption}"
     caption = textwrap.fill(caption.replace(" = ", "\u00a0=\u00a0"), int(width * 19))  # never breaks "p_bw = 0.05"
     figure.text(0.01, -0.01, caption, fontsize=7, color="0.3", va="top")
     first = study.groups[0] if study.groups[0].bw_mask == "anticausal" else None
@@ -189,6 +204,17 @@ def plain_log_axis(axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def spread(wanted: list[float], gap: float) -> list[float]:
+    """Rising places in [0, 1], at least `gap` apart and together as near to the wanted ones (rising) as that allows."""
+    blocks: list[list[float]] = []  # of labels that touch: those of a block share what is left of their place without the gaps below
+    for i, place in enumerate(wanted):
+        blocks.append([place - i * gap])
+        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    bases = [float(np.mean(block)) for block in blocks for _ in block]
+    return [min(max(base, 0.0), 1.0 - (len(wanted) - 1) * gap) + i * gap for i, base in enumerate(bases)]
+
+
 def label_ends(ax, labels: list[tuple[float, str, str]], gap: float = 0.055) -> None:
     """Direct labels (y, text, colour) at the right edge instead of a legend, pushed apart so that none overlap.
 
@@ -198,14 +224,12 @@ def label_ends(ax, labels: list[tuple[float, str, str]], gap: float = 0.055) -> 
     ax.autoscale_view()  # matplotlib would do it when saving, after these labels were placed
     to_panel = ax.transData + ax.transAxes.inverted()
     wanted = sorted((to_panel.transform((1.0, y))[1], text, colour) for y, text, colour in labels)
-    places = [min(max(place, 0.0), 1.0) for place, _, _ in wanted]
-    for i in range(1, len(places)):  # upwards, then back down from the top edge
-        places[i] = max(places[i], places[i - 1] + gap)
-    for i in reversed(range(len(places))):
-        places[i] = min(places[i], 1.0 if i == len(places) - 1 else places[i + 1] - gap)
+    places = spread([min(max(place, 0.0), 1.0) for place, _, _ in wanted], gap)
     for place, (true, text, colour) in zip(places, wanted):
-        arrow = " ↑" if true > 1.02 else " ↓" if true < -0.02 else ""
-        ax.text(1.015, place, text + arrow, color=colour, fontsize=7.5, va="center", transform=ax.transAxes)
+        arrow = " ↑" if true > 1 else " ↓" if true < 0 else ""
+        if abs(place - true) > 0.01 and not arrow:  # pushed aside: a line leads back to its end
+            ax.plot([1.0, 1.014], [true, place], color=colour, linewidth=0.6, transform=ax.transAxes, clip_on=False)
+        ax.text(1.018, place, text + arrow, color=colour, fontsize=7.5, va="center", transform=ax.transAxes)
 
 
 def label_points(ax, points: list[tuple[float, float, str, str]], size: float = 7) -> None:
@@ -250,27 +274,27 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-def coloured_cells(figure: Figure, axes: Sequence, tables: Sequence[np.ndarray], absent: Sequence, size: float) -> None:
+def coloured_cells(figure: Figure, axes: Sequence, tables: Sequence[np.ndarray], absent: Sequence, open_: Sequence, size: float) -> None:
     """Tables of ratios (rows, columns) as annotated cells on one colour scale, centred at 1 and symmetric in the log.
 
-    Cells that are True in `absent` are hatched. The scale spans at least 3 %: seed noise must not look dramatic.
+    Cells that are True in `absent` are hatched, those in `open_` pale: their interval holds 1. The scale spans at least 3 %: seed noise must not look dramatic.
     """
     known = np.concatenate([np.abs(np.log(table[np.isfinite(table) & (table > 0)])) for table in tables])
     limit = max(1.2 * known.max(initial=0.0), 0.03)
-    for ax, table, gaps in zip(axes, tables, absent):
+    for ax, table, gaps, undecided in zip(axes, tables, absent, open_):
         ax.grid(False)
         ax.spines[:].set_visible(False)
         norm = LogNorm(math.exp(-limit), math.exp(limit))
-        image = ax.imshow(np.ma.masked_invalid(table), cmap="RdBu", norm=norm, aspect="auto")
+        ax.imshow(np.ma.masked_invalid(table), cmap="RdBu", norm=norm, aspect="auto", alpha=np.where(undecided, 0.25, 1.0))
         for row, column in np.argwhere(gaps):
             corner = (column - 0.5, row - 0.5)
             ax.add_patch(Rectangle(corner, 1, 1, fill=False, hatch="////", edgecolor="0.75", linewidth=0))
         for row, column in np.argwhere(np.isfinite(table)):
             value = table[row, column]
-            colour = "w" if abs(math.log(value)) > 0.6 * limit else "k"
+            colour = "0.35" if undecided[row, column] else "w" if abs(math.log(value)) > 0.6 * limit else "k"
             text = f"{value:.3f}" if value < 10 else f"{value:.1f}"
             ax.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
-    bar = figure.colorbar(image, ax=list(axes), pad=0.02)
+    bar = figure.colorbar(ScalarMappable(norm, "RdBu"), ax=list(axes), pad=0.02)
     ticks = np.exp(np.linspace(-limit, limit, 5))
     bar.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])
     bar.ax.minorticks_off()

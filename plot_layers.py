@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from compare import ORDERS, Cell, Study, Term, ablation, average, final, with_layers
+from compare import ORDER_WORDS, ORDERS, Cell, Study, Term, ablation, average, final, with_layers
 from drawing import (
-    METRIC_LABELS, UNITS, Options, by_group, coloured_cells, label_ends, meaning, new_figure, panels, pick, plain_log_axis,
+    METRIC_LABELS, PALE, UNITS, Options, by_group, coloured_cells, holds_one, label_ends, meaning, new_figure, panels, pick, plain_log_axis,
     runs_of, save, variant_colours,
 )  # fmt: skip
 from report import describe, short
@@ -40,10 +40,10 @@ def layers_drop_ratio2(study: Study, options: Options = Options()) -> list[Path]
     return _layer_bars(study, options, "ratio2", options.metric or "loss", "drop")
 
 
-def layer_ratios(terms: list[Term], order: str, kind: str) -> np.ndarray:
-    """The ratio over layers remaining, or over the layer left out: (depth,), of terms whose runs have all rows."""
-    tops = np.array([ablation(term.top, kind)[term.top_column] for term in terms])  # (seeds, depth)
-    return average(tops, np.array([ablation(term.bottom, kind)[term.bottom_column] for term in terms]), order)
+def layer_values(terms: list[Term], kind: str) -> np.ndarray:
+    """(top and bottom, seeds, depth): over layers remaining, or over the layer left out, of terms whose runs have all rows."""
+    sides = ([(term.top, term.top_column) for term in terms], [(term.bottom, term.bottom_column) for term in terms])
+    return np.array([[ablation(run, kind)[column] for run, column in side] for side in sides])
 
 
 def _layer_bars(study: Study, options: Options, ratio: str, metric: str, kind: str = "cut") -> list[Path]:
@@ -58,26 +58,29 @@ def _layer_bars(study: Study, options: Options, ratio: str, metric: str, kind: s
         most = max(cell.depth for cell in sizes)
         size = (2.6 + 0.4 * max(most, 9), len(orders) * (0.9 + 0.27 * max(len(sizes), 2)) + 0.4)
         figure, axes = new_figure(len(orders), 1, size)
-        tables, absent = [], []
+        tables, absent, pale = [], [], np.zeros((len(sizes), most), bool)
+        for row, cell in enumerate(sizes):
+            if terms := complete.get(cell):
+                pale[row, : cell.depth] = holds_one(np.log(np.divide(*layer_values(terms, kind))))
         for ax, order in zip(axes[:, 0], orders):
             table = np.full((len(sizes), most), np.nan)
             for row, cell in enumerate(sizes):
                 if terms := complete.get(cell):
-                    table[row, : cell.depth] = layer_ratios(terms, order, kind)
+                    table[row, : cell.depth] = average(*layer_values(terms, kind), order)
             tables.append(table)
             absent.append(np.isnan(table) & (np.arange(most) < np.array([[cell.depth] for cell in sizes])))
             ax.set_xticks(range(most), range(1, most + 1) if kind == "cut" else range(most))
-            ax.set_yticks(range(len(sizes)), [f"{cell.label} ({short(cell.params)})" for cell in sizes])
-            ax.set_title(order, fontsize=9, loc="left")
+            ax.set_yticks(range(len(sizes)), [f"{cell.label} (n = {len(complete.get(cell, ()))})" for cell in sizes])
+            ax.set_title(ORDER_WORDS[order].capitalize(), fontsize=9, loc="left")
             ax.tick_params(length=0)
         axes[-1, 0].set_xlabel(PLACES[kind], fontsize=8)
-        coloured_cells(figure, axes[:, 0], tables, absent, 6.5)
-        caption = f"{meaning(ratio, metric, variant.label)} Rows: depth x width (parameters). "
+        coloured_cells(figure, axes[:, 0], tables, absent, [pale] * len(orders), 6.5)
+        caption = f"{meaning(ratio, metric, variant.label)} Rows: depth x width, n: seeds. {PALE}"
         caption += describe(runs_of(complete)) + "."
         gaps = [cell.label for cell, row in zip(sizes, absent[0]) if row.any()]
         caption += f" Hatched, not measured: {', '.join(gaps)}." if gaps else ""
         what = "over layers remaining" if kind == "cut" else "with one layer left out"
-        title = f"{ratio[:5].title()} {ratio[5:]} of {METRIC_LABELS[metric]} {what}, {study.heading(group)}"
+        title = f"{ratio[:5].title()} {ratio[5:]} of {METRIC_LABELS[metric]} {what}, {variant.label}, {study.heading(group)}"
         name = f"layers_{'drop_' if kind == 'drop' else ''}{ratio}_{metric}" + options.tag("order", "p_bw", "task")
         paths.append(save(study, figure, group, name, title, caption))
     return paths

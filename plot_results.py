@@ -22,7 +22,7 @@ from typing import Callable, Sequence
 import numpy as np
 
 from cells import BUDGETS, BW_ONLY, FW_ONLY, Study, StudyError, choose, load
-from compare import METRICS, ORDERS, average, common_grid, on_grid, ratio_curve, trajectory
+from compare import METRICS, ORDER_WORDS, ORDERS, average, common_grid, on_grid, ratio_curve, trajectory
 from drawing import (
     COLOURS, DASHES, METRIC_LABELS, UNITS, X_LABELS, Options, by_group, label_ends, meaning, new_figure, pick,
     plain_log_axis, runs_of, save, smoothed, variant_colours,
@@ -31,7 +31,7 @@ from plot_blocks import blocks_angle, blocks_drop, blocks_influence
 from plot_context import context
 from plot_layers import layers_cut, layers_drop, layers_drop_ratio1, layers_drop_ratio2, layers_ratio1, layers_ratio2
 from plot_merge import merge
-from plot_sizes import ratio1_by_size, ratio1_heatmap, ratio2_by_size
+from plot_sizes import bw_by_size, ratio1_by_size, ratio1_heatmap, ratio2_by_size
 from plot_tradeoff import pareto, repeats
 from report import describe, floor_of, short, summary
 from runs import RunError
@@ -61,7 +61,7 @@ def curves(study: Study, options: Options = Options()) -> list[Path]:
         if FW_ONLY in by:
             caption += " The bw task of p_bw = 0 was never trained."
         if not options.log and metric != "acc":
-            caption += " Linear panels leave out the steep start (arrow: the line lies outside); log-log shows all."
+            caption += " Linear panels leave out the steep start (arrow: the line lies outside); log-log shows all but step 0."
         size = f"{cell.label} ({short(cell.params)} parameters)"
         title = f"Validation {METRIC_LABELS[metric]} of {size}, {study.heading(cell.group)}"
         name = f"curves_{cell.depth}x{cell.width}" + options.tag("metric", "x", "epochs", "log")
@@ -89,8 +89,8 @@ def _curves_panel(ax, by: dict, column: str, options: Options, scale: str, floor
         labels.append((last, f"{variant.label}: {last:.3f}", colour))
         if variant.trains(column[:2]):
             early = grid[0] + 0.1 * (grid[-1] - grid[0])  # a model that was trained before may get worse at first
-            tops.append(max(np.interp(early, grid, mean), *mean[grid >= early]))
-            lows.append(mean.min())
+            tops += [np.interp(early, grid, mean), *mean[grid >= early], *(y[-1] for _, y in lines)]
+            lows += [y.min() for _, y in lines]
     if floor:
         ax.axhline(floor[0], color="0.35", linestyle="--", linewidth=1)
         labels.append((floor[0], f"entropy floor: {floor[0]:.3f}", "0.35"))
@@ -137,11 +137,11 @@ def ratio1_training(study: Study, options: Options = Options()) -> list[Path]:
         ax.set_xlabel(X_LABELS[options.x], fontsize=8)
         ax.set_ylabel(f"ratio 1 of fw {METRIC_LABELS[metric]}", fontsize=8)
         label_ends(ax, labels, 0.042)
-        caption = f"{meaning('ratio1', metric, variant.label)} Colour: width; dashes: depth. Order {order}; "
+        caption = f"{meaning('ratio1', metric, variant.label)} Colour: width; dashes: depth. {ORDER_WORDS[order].capitalize()}; "
         caption += "band: 95 % t-interval over seeds; " * (len(cells) <= 3)
         caption += f"moving average over {options.smooth} of 500 points. " if options.smooth > 1 else "not smoothed. "
         tag = options.tag("metric", "x", "epochs", "order", "smooth", "log", "all_seeds", "p_bw", "task")
-        title = f"Ratio 1 over training, {study.heading(group)}"
+        title = f"Ratio 1 over training, {variant.label}, {study.heading(group)}"
         caption += describe(runs_of(cells)) + "."
         paths.append(save(study, figure, group, "ratio1_training" + tag, title, caption))
     return paths
@@ -159,11 +159,11 @@ def leak(study: Study, options: Options = Options()) -> list[Path]:
             study.note(f"leak: {study.name(cell)} has no runs with the right mask to compare with")
             continue
         figure, axes = new_figure(1, 2, (11, 3.9))
-        masks = (("anticausal", right, COLOURS[0]), ("flipped (leaks)", leaking, COLOURS[1]))
+        masks = (("anticausal", right, variant_colours(study)[variant]), ("flipped, as published", leaking, "#000000"))
         floor = floor_of(right.values())
         for ax, column in zip(axes[0], ("bw_loss", "ratio2")):
             labels = []
-            alone = [("bw only, anticausal", control, COLOURS[2])] * bool(control and column == "bw_loss")
+            alone = [("bw only, anticausal", control, variant_colours(study).get(BW_ONLY))] * bool(control and column == "bw_loss")
             for name, seeds, colour in (*masks, *alone):
                 lines = [trajectory(run, "bw_loss", options.x) for run in seeds.values()]
                 if column == "ratio2":
@@ -174,7 +174,9 @@ def leak(study: Study, options: Options = Options()) -> list[Path]:
                 values = on_grid(lines, grid)
                 mean = np.exp(np.log(values).mean(0)) if column == "ratio2" else values.mean(0)  # as in the tables
                 ax.plot(grid, mean, color=colour, linewidth=1.8)
-                labels.append((mean[-1], f"{name}: {mean[-1]:.3f}", colour))
+                last = np.array([y[-1] for _, y in lines])  # as in the tables; the mean's line ends where the first seed does
+                last = np.exp(np.log(last).mean()) if column == "ratio2" else last.mean()
+                labels.append((last, f"{name}: {last:.3f}", colour))
             level = floor[0] if floor and column == "bw_loss" else 1.0 if column == "ratio2" else None
             if level is not None:
                 ax.axhline(level, color="0.35", linestyle="--", linewidth=1)
@@ -201,7 +203,7 @@ def leak(study: Study, options: Options = Options()) -> list[Path]:
 FIGURES: dict[str, Callable[[Study, Options], list[Path]]] = {
     function.__name__: function
     for function in (
-        curves, leak, pareto, ratio1_training, ratio1_heatmap, ratio1_by_size, ratio2_by_size, repeats,
+        curves, leak, pareto, ratio1_training, ratio1_heatmap, ratio1_by_size, ratio2_by_size, bw_by_size, repeats,
         layers_ratio1, layers_ratio2, layers_cut, layers_drop, layers_drop_ratio1, layers_drop_ratio2,
         blocks_drop, blocks_angle, blocks_influence, context, merge,
     )

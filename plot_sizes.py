@@ -1,6 +1,6 @@
-"""Figures by size: heat maps of ratio 1, both ratios by depth, width and parameters for parts of training.
+"""Figures by size: heat maps of ratio 1, both ratios by depth, width and parameters, bw against bw only.
 
-    python plot_results.py results/demo --figure ratio1_heatmap ratio1_by_size ratio2_by_size
+    python plot_results.py results/demo --figure ratio1_heatmap ratio1_by_size ratio2_by_size bw_by_size
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.ticker import NullLocator
 
-from cells import Study
-from compare import ORDERS, Ratios, average, final_ratio, log_ratios, ratio_curve, windows
+from cells import BW_ONLY, FW_ONLY, Study, variants
+from compare import ORDER_WORDS, ORDERS, Ratios, average, bw_against_bw_only, final_ratio, log_ratios, ratio_curve, window_log_ratios, windows
 from drawing import (
-    METRIC_LABELS, Options, by_group, coloured_cells, meaning, new_figure, pick, plain_log_axis, runs_of, save,
+    METRIC_LABELS, PALE, Options, by_group, coloured_cells, holds_one, label_ends, meaning, new_figure, pick, plain_log_axis, runs_of, save,
+    variant_colours,
 )  # fmt: skip
 from report import describe, short
 from stats import paired_interval
@@ -28,31 +30,34 @@ def ratio1_heatmap(study: Study, options: Options = Options()) -> list[Path]:
         sizes = [cell for cell in study.cells if cell.group == group]
         depths, widths = sorted({cell.depth for cell in sizes}), sorted({cell.width for cell in sizes})
         figure, axes = new_figure(1, 2, (2.2 + 2.1 * max(len(widths), 1.6), 1.4 + 0.75 * max(len(depths), 1.6)))
-        tables = []
+        tables, pale = [], []
         for ax, ratios, direction in zip(axes[0], both, ("fw", "bw")):
-            table = np.full((len(depths), len(widths)), np.nan)
+            table, undecided = np.full((len(depths), len(widths)), np.nan), np.zeros((len(depths), len(widths)), bool)
             for cell, terms in ratios.get(group, {}).items():
-                value = final_ratio(terms, order)
+                place = depths.index(cell.depth), widths.index(cell.width)
+                value, logs = final_ratio(terms, order), log_ratios(terms)
                 if options.epochs:
                     _, top, bottom = ratio_curve(terms, "epoch", options.epochs)
                     value = average(top, bottom, order).mean() if top.size else np.nan
-                table[depths.index(cell.depth), widths.index(cell.width)] = value
+                    logs = window_log_ratios(terms, options.epochs)
+                table[place], undecided[place] = value, holds_one(logs) if len(logs) else False
             tables.append(table)
+            pale.append(undecided)
             ax.set_xticks(range(len(widths)), widths)
             ax.set_yticks(range(len(depths)), depths)
             ax.set_xlabel("width", fontsize=8)
             ax.set_ylabel("depth", fontsize=8)
             ax.set_title("fw" if direction == "fw" else "bw (p_bw = 0 never learnt it)", fontsize=9)
-            coloured_cells(figure, [ax], [table], [np.isnan(table)], 9)  # a scale each: bw ratios are much larger
+            coloured_cells(figure, [ax], [table], [np.isnan(table)], [undecided], 9)  # a scale each: bw ratios are much larger
             for row, column in np.argwhere(np.isnan(table)):
                 ax.text(column, row, "no pair", ha="center", va="center", fontsize=8, backgroundcolor="w")
         missing = [f"{depths[row]} x {widths[column]}" for row, column in np.argwhere(np.isnan(tables[0]))]
         if missing:
             study.note(f"ratio 1 heat map ({study.heading(group)}): no pair for {', '.join(missing)}")
         when = "Mean over epochs {:g} to {:g}".format(*options.epochs) if options.epochs else f"At the end of training, at equal {options.equal}"
-        caption = f"{meaning('ratio1', metric, variant.label)} {when}, order {order}. " + describe(runs_of(cells)) + "."
+        caption = f"{meaning('ratio1', metric, variant.label)} {when}, {ORDER_WORDS[order]}. {PALE}" + describe(runs_of(cells)) + "."
         caption += f" Hatched, no pair: {', '.join(missing)}." if missing else ""
-        title = f"Ratio 1 of {METRIC_LABELS[metric]} by depth and width, {study.heading(group)}"
+        title = f"Ratio 1 of {METRIC_LABELS[metric]} by depth and width, {variant.label}, {study.heading(group)}"
         name = "ratio1_heatmap" + options.tag("metric", "epochs", "order", "p_bw", "task")
         paths.append(save(study, figure, group, name, title, caption))
     return paths
@@ -68,12 +73,50 @@ def ratio2_by_size(study: Study, options: Options = Options()) -> list[Path]:
     return _by_size(study, options, "ratio2")
 
 
+def bw_by_size(study: Study, options: Options = Options()) -> list[Path]:
+    """Is it enough? bw loss over that of the model that learned bw only, by size, a line per variant."""
+    paths = []
+    trained = {v: bw_against_bw_only(study, v) for v in variants(study) if v not in (FW_ONLY, BW_ONLY)}
+    for group in study.groups:
+        lines = {v: {cell: terms for cell, terms in ratios.items() if cell.group == group} for v, ratios in trained.items()}
+        lines = {v: cells for v, cells in lines.items() if cells}
+        if not lines:
+            study.note(f"bw by size, {study.heading(group)}: nothing to hold against bw only")
+            continue
+        figure, [[ax]] = new_figure(1, 1, (7.6, 4.2))
+        ax.axhline(1, color="0.5", linewidth=1)
+        labels, colours = [], variant_colours(study)
+        for number, (variant, cells) in enumerate(lines.items()):
+            aside = 1.012 ** (number - (len(lines) - 1) / 2)  # intervals of one size beside each other
+            ratio, low, high = zip(*(paired_interval(log_ratios(terms)) for terms in cells.values()))
+            params = np.array([cell.params for cell in cells]) * aside
+            for x, terms in zip(params, cells.values()):
+                ax.plot(np.full(len(terms), x), np.exp(log_ratios(terms)), "o", color=colours[variant], markersize=2.5, alpha=0.5, markeredgewidth=0)
+            ax.errorbar(params, ratio, np.nan_to_num([np.subtract(ratio, low), np.subtract(high, ratio)]), color=colours[variant],
+                        linewidth=1.5, marker="o", markersize=4, capsize=2, elinewidth=0.8)  # fmt: skip
+            labels.append((ratio[-1], f"{variant.label}: {ratio[-1]:.3f}", colours[variant]))
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        plain_log_axis(ax.yaxis)
+        sizes = sorted({cell for cells in lines.values() for cell in cells}, key=lambda cell: cell.params)
+        ax.set_xticks([cell.params for cell in sizes], [f"{cell.label}\n{short(cell.params)}" for cell in sizes], fontsize=7)
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xlabel("size, parameters", fontsize=8)
+        ax.set_ylabel("bw loss / bw loss of bw only", fontsize=8)
+        label_ends(ax, labels)
+        caption = f"1: bw is learned as well as by a model that learns nothing else. At equal {options.equal}, paired by seed. Small: each seed; "
+        caption += "large: geometric mean with 95 % t-interval. " + describe([run for cells in lines.values() for run in runs_of(cells)]) + "."
+        title = f"How well bw is learned beside fw, by size, {study.heading(group)}"
+        paths.append(save(study, figure, group, "bw_by_size" + options.tag(), title, caption))
+    return paths
+
+
 class Place(NamedTuple):
     """One violin: a depth, a width or a number of parameters, in one part of training."""
 
     points: np.ndarray  # 500 of the seed-averaged ratio for each of its sizes
-    ends: np.ndarray  # the ratio of every seed and size where the part ends
-    interval: tuple[float, float, float]  # geometric mean of those over sizes and seeds; 95 % t-interval over seeds
+    means: np.ndarray  # the ratio of every seed and size, its geometric mean over the part
+    interval: tuple[float, float, float]  # geometric mean of those over sizes and common seeds; 95 % t-interval over seeds
 
 
 def places(cells: Ratios, by: str, window: str, options: Options) -> dict[int, Place]:
@@ -83,22 +126,20 @@ def places(cells: Ratios, by: str, window: str, options: Options) -> dict[int, P
         parts = windows(terms, options.axis, options.epochs)
         grid, top, bottom = ratio_curve(terms, options.axis, parts[window]) if window in parts else (np.empty(0), None, None)
         if len(grid):
-            # the whole of training ends where the tables say; a mean over sizes needs the seeds that all of them have
-            logs = np.log(top / bottom)[:, -1] if window == "early" or options.epochs else log_ratios(terms)
-            seeds = dict(zip((term.seed for term in terms), logs))
+            seeds = dict(zip((term.seed for term in terms), np.log(top / bottom).mean(1)))  # as in the table over training
             found.setdefault(getattr(cell, by), []).append((average(top, bottom, options.order or ORDERS[0]), seeds))
     result = {}
     for value, several in sorted(found.items()):
-        common = sorted(set.intersection(*(set(seeds) for _, seeds in several)))
+        common = sorted(set.intersection(*(set(seeds) for _, seeds in several)))  # a mean over sizes needs the seeds that all of them have
         means = np.array([np.mean([seeds[seed] for _, seeds in several]) for seed in common])
         interval = tuple(map(float, paired_interval(means))) if common else (np.nan,) * 3
-        ends = np.exp([log for _, seeds in several for log in seeds.values()])
-        result[value] = Place(np.concatenate([points for points, _ in several]), ends, interval)
+        everyone = np.exp([log for _, seeds in several for log in seeds.values()])
+        result[value] = Place(np.concatenate([points for points, _ in several]), everyone, interval)
     return result
 
 
 def _by_size(study: Study, options: Options, ratio: str) -> list[Path]:
-    """A row per part of training, a column per way to order sizes (left out where it tells no two sizes apart)."""
+    """A row per part of training, a column per way to order sizes (left out where it tells none apart, or all of them)."""
     metric, paths = options.metric or "loss", []
     variant, ratios = pick(study, options, ratio, metric)
     for group, cells in by_group(study, ratios).items():
@@ -108,7 +149,7 @@ def _by_size(study: Study, options: Options, ratio: str) -> list[Path]:
         if not rows:
             study.note(f"{ratio} by size, {study.heading(group)}: no two evaluations to interpolate between in the window")
             continue
-        columns = [by for by in ("depth", "width", "params") if by == "params" or len({getattr(cell, by) for cell in cells}) > 1]
+        columns = [by for by in ("depth", "width", "params") if by == "params" or 1 < len({getattr(cell, by) for cell in cells}) < len(cells)]
         shares = [max(2.2, 0.8 * len({getattr(cell, by) for cell in cells})) for by in columns]
         if len(columns) > 1:
             figure, axes = new_figure(len(rows), len(columns), (1.6 + sum(shares), 0.7 + 2.6 * len(rows)), sharey="row", width_ratios=shares)
@@ -122,19 +163,19 @@ def _by_size(study: Study, options: Options, ratio: str) -> list[Path]:
                 ax.set_ylabel(f"{ratio[:5]} {ratio[5:]} of {METRIC_LABELS[metric]}", fontsize=8)
                 ax.set_title(_span(cells, rows[row], options, ", " if len(columns) > 1 else "\n"), fontsize=8, loc="left")
         for ax, row in zip(axes[:, -1], rows):
-            drawn = np.concatenate([np.concatenate([place.points, place.ends]) for place in panels[row, "params"].values()])
+            drawn = np.concatenate([np.concatenate([place.points, place.means]) for place in panels[row, "params"].values()])
             if drawn.min() > 0 and drawn.max() > 4 * drawn.min():
                 for panel in ax.get_shared_y_axes().get_siblings(ax):
                     panel.set_yscale("log")
                     plain_log_axis(panel.yaxis)
-        caption = f"{meaning(ratio, metric, variant.label)} Orange: each seed and size where that part of training ends; black: their "
-        caption += f"geometric mean with its 95 % t-interval over seeds, at equal {options.equal}. Violins, as illustration: 500 points per "
+        caption = f"{meaning(ratio, metric, variant.label)} Orange: each seed and size, the geometric mean over that part of training; black: "
+        caption += f"their mean over the seeds that all of its sizes have, with a 95 % t-interval over seeds, at equal {options.equal}. Violins, as illustration: 500 points per "
         caption += "size of the mean over seeds; their extent is change during training, not uncertainty. "
         missed = {row: [cell.label for cell, terms in cells.items() if row not in windows(terms, options.axis, options.epochs)] for row in rows}
         caption += "".join(f"Not in {row}: {', '.join(labels)}. " for row, labels in missed.items() if labels)
         caption += "early: the first epoch; late: the second half. " if not options.epochs else ""
         name = f"{ratio}_by_size" + options.tag("metric", "epochs", "order", "p_bw", "task")
-        title = f"{ratio[:5].title()} {ratio[5:]} of {METRIC_LABELS[metric]} by size, {study.heading(group)}"
+        title = f"{ratio[:5].title()} {ratio[5:]} of {METRIC_LABELS[metric]} by size, {variant.label}, {study.heading(group)}"
         paths.append(save(study, figure, group, name, title, caption + describe(runs_of(cells)) + "."))
     return paths
 
@@ -159,7 +200,7 @@ def _violin_panel(ax, values: dict[int, Place], by: str) -> None:
         for body in ax.violinplot([place.points for place in values.values()], spots, widths=0.8, showextrema=False)["bodies"]:
             body.set(facecolor="#56B4E9", edgecolor="#0072B2", alpha=0.45)
     for spot, place in zip(spots, values.values()):
-        ax.plot(np.full(len(place.ends), spot - 0.12), place.ends, "o", color="#D55E00", markersize=3.5, markeredgecolor="w", markeredgewidth=0.4)
+        ax.plot(np.full(len(place.means), spot - 0.12), place.means, "o", color="#D55E00", markersize=3.5, markeredgecolor="w", markeredgewidth=0.4)
         mean, low, high = place.interval
         if np.isfinite(low):
             ax.plot([spot + 0.12] * 2, [low, high], color="k", linewidth=1.4)

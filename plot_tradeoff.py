@@ -13,7 +13,7 @@ from matplotlib.ticker import NullLocator
 
 from cells import BUDGETS, BW_ONLY, FW_ONLY, Cell, Study, Variant, choose, corpus_tokens
 from compare import bw_against_bw_only, final, log_ratios, lowest, share_of_the_way, value_at
-from drawing import COLOURS, DASHES, Options, label_ends, label_points, new_figure, plain_log_axis, save
+from drawing import COLOURS, DASHES, Options, label_ends, label_points, new_figure, plain_log_axis, save, variant_colours
 from report import describe, floor_of, interval, short
 from runs import Run
 from stats import mean_interval
@@ -57,6 +57,7 @@ def pareto(study: Study, options: Options = Options()) -> list[Path]:
         where = "at the end of training" if options.budget == "tokens" else f"at equal {options.equal}, where the first run of a sweep ends"
         caption = f"Validation loss {where}; down and left is better. Small: each seed; large: mean over seeds with 95 % t-intervals, which may "
         caption += "reach out of the picture; lines join rising p_bw within a task. "
+        caption += "All sizes: colour tells the width, marker the depth. " if together else ""
         if swept:
             caption += "Grey lines and bands: models trained in one direction only, with their interval; their other loss is far off the scale. "
         caption += _enough(study, cells, options) + describe(runs) + "."
@@ -190,11 +191,12 @@ def repeats(study: Study, options: Options = Options()) -> list[Path]:
         shown = [{v: seeds for v, seeds in by.items() if v in wanted} for by in cells.values()]
         value = {run.name: _values(by, options.budget) for by in shown for seeds in by.values() for run in seeds.values()}
         where = "at the end of training" if options.budget == "tokens" else f"at equal {options.equal} within each point's runs"
-        figure, axes = new_figure(1, 2, (11, 4.2), sharey=True)
-        _repeats_panel(axes[0, 0], lines, lambda run: value[run.name](run, "fw_loss"), where)
-        _repeats_panel(axes[0, 1], lines, lambda run: lowest(run, "fw_loss"), "at each run's best evaluation")
+        figure, axes = new_figure(2, 2, (11, 8), sharey="row")
+        for column, (read, when) in enumerate(((lambda run: value[run.name](run, "fw_loss"), where), (lambda run: lowest(run, "fw_loss"), "at each run's best evaluation"))):
+            _repeats_panel(axes[0, column], lines, read, when, variant_colours(study))
+            _gain_panel(axes[1, column], lines, read, when, variant_colours(study))
         runs = [run for points in lines.values() for seeds in points for run in seeds]
-        caption = "Thin: each seed; thick: mean over seeds with 95 % t-intervals. All runs of a line but for its unique tokens are alike; one epoch "
+        caption = "Thin: each seed; thick: mean over seeds with 95 % t-intervals, below: of ratios paired by seed. All runs of a line but for its unique tokens are alike; one epoch "
         caption += "is one pass over those, tokens of both directions counted. Unique tokens: "
         caption += ", ".join(short(tokens) for tokens in sorted({corpus_tokens(run) for run in runs})) + ". "
         title = f"Repeated text: fw loss of {size.label} ({short(size.params)}), {study.heading(size.group)}"
@@ -203,31 +205,68 @@ def repeats(study: Study, options: Options = Options()) -> list[Path]:
     return paths
 
 
-def _repeats_panel(ax, lines: dict, value, title: str) -> None:
-    labels = []
-    variants, rates = sorted({v for v, _ in lines}, key=lambda v: v.p_bw), sorted({rate for _, rate in lines})
-    for (variant, rate), points in lines.items():
-        colour, dash = COLOURS[variants.index(variant) % len(COLOURS)], DASHES[rates.index(rate) % len(DASHES)]
+def _repeats_panel(ax, lines: dict, value, title: str, colours: dict) -> None:
+    labels, rates = [], sorted({rate for _, rate in lines})
+    for (variant, rate), points in sorted(lines.items(), key=lambda item: item[0][0].p_bw):
+        colour, dash = colours[variant], DASHES[rates.index(rate) % len(DASHES)]
         points = sorted(points, key=lambda seeds: final(seeds[0], "epoch"))
-        epochs = [np.mean([final(run, "epoch") for run in seeds]) for seeds in points]
         means, halves = zip(*(mean_interval([value(run) for run in seeds]) for seeds in points))
-        for x, seeds in zip(epochs, points):
-            ax.plot([x] * len(seeds), [value(run) for run in seeds], "o", color=colour, markersize=2.5, alpha=0.5, markeredgewidth=0)
-        style = {"linewidth": 1.5, "marker": "o", "markersize": 4, "capsize": 2, "elinewidth": 0.8}
-        ax.errorbar(epochs, means, np.nan_to_num(halves), color=colour, linestyle=dash, **style)
-        text = variant.label + (f", dropout {rate:g}" if len(rates) > 1 else "")
-        labels.append((means[-1], f"{text}: {means[-1]:.3f}", colour))
+        _line(ax, points, [[value(run) for run in seeds] for seeds in points], means, halves, colour, dash)
+        labels.append((means[-1], f"{_named(variant, rate, rates)}: {means[-1]:.3f}", colour))
     if floor := floor_of(run for points in lines.values() for seeds in points for run in seeds):
         ax.axhline(floor[0], color="0.35", linestyle="--", linewidth=1)
         labels.append((floor[0], f"entropy floor: {floor[0]:.3f}", "0.35"))
+    _epochs_axis(ax, [seeds for points in lines.values() for seeds in points])
+    ax.set_title(title, fontsize=9, loc="left")
+    ax.set_ylabel("fw validation loss, nats per token", fontsize=8)
+    label_ends(ax, labels)
+
+
+def _gain_panel(ax, lines: dict, value, title: str, colours: dict) -> None:
+    """fw loss of p_bw = 0 without dropout over that of everything else, paired by seed and unique tokens."""
+    labels, rates, drawn = [], sorted({rate for _, rate in lines}), []
+    plain = {(corpus_tokens(run), run["seed"]): run for seeds in lines.get((FW_ONLY, 0.0), []) for run in seeds}
+    for (variant, rate), points in sorted(lines.items(), key=lambda item: item[0][0].p_bw):
+        pairs = [[(run, plain[key]) for run in seeds if (key := (corpus_tokens(run), run["seed"])) in plain] for seeds in points]
+        pairs = sorted((some for some in pairs if some), key=lambda some: final(some[0][0], "epoch"))
+        if (variant, rate) == (FW_ONLY, 0.0) or not pairs:
+            continue
+        logs = [np.log([value(base) / value(run) for run, base in some]) for some in pairs]
+        means, halves = map(np.array, zip(*(mean_interval(some) for some in logs)))
+        ends = np.exp(means) - np.exp(means - halves), np.exp(means + halves) - np.exp(means)
+        seeds = [[run for run, _ in some] for some in pairs]
+        _line(ax, seeds, [np.exp(some) for some in logs], np.exp(means), ends, colours[variant], DASHES[rates.index(rate) % len(DASHES)])
+        labels.append((np.exp(means[-1]), f"{_named(variant, rate, rates)}: {np.exp(means[-1]):.3f}", colours[variant]))
+        drawn += seeds
+    if not drawn:
+        ax.set_visible(False)
+        return
+    ax.axhline(1, color="0.5", linewidth=1)
+    _epochs_axis(ax, drawn)
+    ax.set_title(title, fontsize=9, loc="left")
+    ax.set_ylabel("fw loss of p_bw = 0, dropout 0 / this (above 1: a gain)", fontsize=8)
+    label_ends(ax, labels)
+
+
+def _named(variant: Variant, rate: float, rates: list[float]) -> str:
+    return variant.label + (f", dropout {rate:g}" if len(rates) > 1 else "")
+
+
+def _line(ax, points: list[list[Run]], values, means, halves, colour: str, dash: str) -> None:
+    """A line over epochs of unique tokens: each point's seeds small, its mean large with an interval."""
+    epochs = [np.mean([final(run, "epoch") for run in seeds]) for seeds in points]
+    for x, some in zip(epochs, values):
+        ax.plot([x] * len(some), some, "o", color=colour, markersize=2.5, alpha=0.5, markeredgewidth=0)
+    style = {"linewidth": 1.5, "marker": "o", "markersize": 4, "capsize": 2, "elinewidth": 0.8}
+    ax.errorbar(epochs, means, np.nan_to_num(halves), color=colour, linestyle=dash, **style)
+
+
+def _epochs_axis(ax, points: list[list[Run]]) -> None:
     ax.set_xscale("log")
     ax.set_yscale("log")
     plain_log_axis(ax.yaxis)
-    measured = sorted({round(final(run, "epoch"), 1) for points in lines.values() for seeds in points for run in seeds})
+    measured = sorted({round(final(run, "epoch"), 1) for seeds in points for run in seeds})
     ax.set_xticks([x for i, x in enumerate(measured) if not i or x > 1.15 * measured[i - 1]])
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_title(title, fontsize=9, loc="left")
     ax.set_xlabel("epochs over unique tokens", fontsize=8)
-    ax.set_ylabel("fw validation loss, nats per token", fontsize=8)
-    label_ends(ax, labels)

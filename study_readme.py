@@ -8,6 +8,7 @@ What stands outside the marks is kept. Numbers: compare.py, verdicts.py; no torc
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Iterable
@@ -37,16 +38,16 @@ def write(study: Study, variant: Variant | None = None) -> Path:
     _, end, after = rest.partition(MARKS[1])
     if not (start and end):
         raise StudyError(f"{path} has lost one of the marks between which the report stands: {MARKS[0]} ... {MARKS[1]}")
-    write_atomically(path, f"{before}{start}\n\n{markdown(study, variant)}\n\n{end}{after}")
+    write_atomically(path, f"{before}{start}\n\n{markdown(study, variant, before + after)}\n\n{end}{after}")
     return path
 
 
-def markdown(study: Study, variant: Variant | None = None) -> str:
-    """All sections. `variant` is held against p_bw = 0 (default: as in the figures)."""
+def markdown(study: Study, variant: Variant | None = None, above: str = "") -> str:
+    """All sections. `variant` is held against p_bw = 0 (default: as in the figures); figures that `above` shows are not repeated."""
     variant = variant or choose(study)
     sections = [
         _verdicts(study, variant), _losses(study), _budgets(study, variant), _over_training(study, variant),
-        _repeats(study), _documents(study, variant), _figures(study.folder), _made(study), _left_out(study),
+        _repeats(study), _documents(study, variant), _figures(study.folder, above), _made(study), _left_out(study),
     ]  # fmt: skip
     return "\n\n".join(section for section in sections if section)
 
@@ -214,11 +215,11 @@ def _documents(study: Study, variant: Variant | None) -> str:
         finite. What other seeds would change is in the intervals above.""")
 
 
-def _figures(folder: Path) -> str:
-    """Every figure there is, the questions' own first; those of single sizes folded away."""
-    first = ("leak", "pareto", "ratio1", "ratio2", "repeats", "context", "merge")
+def _figures(folder: Path, above: str) -> str:
+    """Every figure that `above` does not show, the questions' own first; those of single sizes folded away."""
+    first = ("leak", "bw_by_size", "pareto", "ratio1", "ratio2", "repeats", "context", "merge")
     rank = {name: next((place for place, start in enumerate(first) if name.startswith(start)), len(first))
-            for name in sorted(path.name for path in (folder / "figures").glob("*.png"))}  # fmt: skip
+            for name in sorted(path.name for path in (folder / "figures").glob("*.png")) if f"figures/{name}" not in above}  # fmt: skip
     shown, single = ([f"![{name.removesuffix('.png').replace('_', ' ')}](figures/{name})" for name in sorted(rank, key=rank.get)
                       if name.startswith(("curves_", "blocks_")) == of_one_size] for of_one_size in (False, True))  # fmt: skip
     folded = ["<details><summary>Figures of single sizes</summary>", *single, "</details>"] if single else []
@@ -230,7 +231,9 @@ def _made(study: Study) -> str:
     lines = [f"python {command}" for command in sorted({run.config["command"] for run in runs if run.config.get("command")})]
     lines += [f"python eval_layers.py {study.folder}"] * (any(len(run.layers) for run in runs) and not _fine_tuned(study))
     lines += [f"python eval_context.py {study.folder}"] * any(study.folder.glob("*/context*.csv"))
-    lines += [f"python plot_results.py {study.folder}", f"python plot_results.py {study.folder} --report"]
+    other = sorted({found[1] for path in study.folder.glob("figures/*.png") if (found := re.search(r"_p_bw-([\d.]+?)(?:_|\.png)", path.name))})
+    lines += [f"python plot_results.py {study.folder}", *(f"python plot_results.py {study.folder} --p_bw {p_bw}" for p_bw in other)]
+    lines += [f"python plot_results.py {study.folder} --report"]
     seconds = sum(run.finished.get("seconds", 0) for run in runs)
     spent = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.0f} minutes"
     dates = sorted({date for run in runs for date in (run.config.get("date"), run.finished.get("date")) if date})

@@ -155,7 +155,7 @@ def test_repeated_text_is_compared_on_the_budget_asked_for(tmp_path, monkeypatch
     plant_pairs(tmp_path, (2.0, 2.0), (2.0, 2.0), (0, 1))
     drawn = {}
 
-    def panel(ax, lines, value, title):
+    def panel(ax, lines, value, title, colours):
         drawn[title] = {variant.p_bw: [value(run) for run in points[-1]] for (variant, _), points in lines.items()}
 
     monkeypatch.setattr("plot_tradeoff._repeats_panel", panel)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from test_plot_results import plant
 
+import compare
 import plot_blocks
 import plot_context
 import plot_layers
@@ -77,7 +78,7 @@ def test_ratios_with_one_layer_left_out(tmp_path, captions):
     study = load(tmp_path)
     (terms,) = ratio1(study, variants(study)[1]).values()
     expected = 1 + 1.0 / (4 * np.exp(0.1 + 0.01 * np.arange(4)))
-    assert plot_layers.layer_ratios(terms[:2], "mean_then_ratio", "drop") == pytest.approx(expected)
+    assert compare.average(*plot_layers.layer_values(terms[:2], "drop"), "mean_then_ratio") == pytest.approx(expected)
     assert [path.name for path in plot_layers.layers_drop_ratio1(study)] == ["layers_drop_ratio1_loss.png"]
     assert "n = 2 seeds (0, 1)" in captions["layers_drop_ratio1_loss"]
     assert [path.name for path in plot_layers.layers_drop_ratio2(study)] == ["layers_drop_ratio2_loss.png"]

@@ -17,11 +17,12 @@ import report
 import runs
 from cells import FW_ONLY, StudyError, Variant, choose, load
 from compare import ORDERS
+from drawing import holds_one, spread
 from study_readme import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 P5 = Variant("fw+bw", 0.05)
-OTHER_TABLES = {"blocks_angle", "blocks_influence", "context", "merge"}  # drawn from more than curves and layers: test_plot_blocks.py
+OTHER_TABLES = {"blocks_angle", "blocks_influence", "context", "merge", "bw_by_size"}  # drawn from more than curves and layers of both directions
 
 
 @pytest.fixture(autouse=True)
@@ -149,8 +150,40 @@ def test_violins_by_size_and_the_points_on_them(tmp_path):
     assert {width: float(np.median(place.points)) for width, place in by_width.items()} == pytest.approx({64: 2, 128: 4})
     (place,) = plot_sizes.places(ratios, "depth", "late", options).values()
     assert len(place.points) == 1000 and np.median(place.points) == pytest.approx(3)
-    assert sorted(place.ends) == pytest.approx([2, 2, 4, 4]) and place.interval == pytest.approx([8**0.5] * 3)
+    assert sorted(place.means) == pytest.approx([2, 2, 4, 4]) and place.interval == pytest.approx([8**0.5] * 3)
     assert list(plot_sizes.places(ratios, "params", "early", options)) == [2 * 64**2 * 1000, 2 * 128**2 * 1000]
+
+
+@pytest.mark.parametrize("wanted, gap", [([0.1, 0.5, 0.9], 0.1), ([0.5, 0.5, 0.5], 0.1), ([0.0, 0.0, 0.0, 0.3], 0.1), ([0.95, 0.97, 1.0], 0.05)])
+def test_labels_are_spread_without_overlap_and_about_their_lines(wanted, gap):
+    places = spread(wanted, gap)
+    assert min(np.diff(places)) >= gap - 1e-9 and 0 <= places[0] and places[-1] <= 1 + 1e-9
+    if wanted == [0.1, 0.5, 0.9]:
+        assert places == pytest.approx(wanted)
+    if wanted == [0.5, 0.5, 0.5]:
+        assert places == pytest.approx([0.4, 0.5, 0.6])
+
+
+def test_a_cell_is_pale_where_the_interval_over_seeds_holds_one():
+    logs = np.log([[1.10, 0.90, 1.3], [1.11, 1.12, 1.3], [1.12, 1.0, 1.3]])  # (seeds, cells)
+    assert holds_one(logs).tolist() == [False, True, False]
+    assert holds_one(logs[:1]).tolist() == [True] * 3  # one seed tells nothing
+
+
+def test_bw_against_bw_only_by_size(tmp_path, monkeypatch):
+    for width, worse in ((64, 2.0), (128, 1.5)):
+        for seed in range(3):
+            plant(tmp_path / "a", width=width, seed=seed, fw=9.0, bw=2.0 + 0.1 * seed, task="bw", p_bw=1.0)
+            plant(tmp_path / "a", width=width, seed=seed, fw=3.0, bw=worse * (2.0 + 0.1 * seed), p_bw=0.05)
+    captions, drawn = [], []
+    monkeypatch.setattr("plot_sizes.save", lambda study, figure, group, name, title, caption: captions.append(caption))
+    monkeypatch.setattr("plot_sizes.label_ends", lambda ax, labels: drawn.extend(labels))
+    plot_results.bw_by_size(load(tmp_path / "a"))
+    assert "n = 3 seeds (0, 1, 2)" in captions[0] and "p_bw = 0.05, bw only" in captions[0]
+    assert [(value, text) for value, text, _ in drawn] == [(pytest.approx(1.5), "p_bw = 0.05: 1.500")]  # the largest size
+    plant_pairs(tmp_path / "b", (2.0,), (1.0,))
+    study = load(tmp_path / "b")
+    assert plot_results.bw_by_size(study) == [] and any("bw only" in note for note in study.notes)
 
 
 def test_windows_are_cut_on_the_axis_that_is_asked_for(tmp_path):
@@ -164,6 +197,8 @@ def test_windows_are_cut_on_the_axis_that_is_asked_for(tmp_path):
     for window, middle in (("early", 0.525), ("late", 9)):
         (place,) = plot_sizes.places(compare.ratio1(load(tmp_path), P5), "depth", window, plot_results.Options()).values()
         assert np.median(place.points) == pytest.approx(2 - middle / 12, abs=2e-3)
+        (logs,) = (compare.window_log_ratios(terms, window_) for name, window_ in epochs.items() if name == window)
+        assert np.log(place.means) == pytest.approx(logs)  # as in the README's table over training
     assert compare.windows(terms, asked=(5, 10)) == {"epochs 5 to 10": (5, 10)}
     assert compare.windows(terms, asked=(5, 20)) == {} == compare.windows(terms, asked=(0, 0.04))
 
