@@ -236,8 +236,14 @@ def _comparable(run: Run) -> dict[str, str]:
     """All that must be equal in runs that are compared. The data set is what its folder's meta.json called it."""
     values = LATER_SETTINGS | {name: value for name, value in run.settings.items() if name not in IGNORED_SETTINGS}
     data = run.config["data"]
-    values |= {"data": data["name"], "data files": data.get("sha256")}
+    values |= {"data": data["name"], "data files": data.get("sha256"), "dtype": dtype_of(run)}
     return {name: json.dumps(value) for name, value in values.items()}
+
+
+def dtype_of(run: Run) -> str | None:
+    """What "auto" was on the run's machine; older runs say so in the words for their device only."""
+    words = str(run.config.get("device", ""))
+    return run.config.get("dtype") or next((name for name in ("bfloat16", "float32") if f", {name} (" in words), run.settings.get("dtype"))
 
 
 def _further_settings_that_vary(found: list[Run]) -> list[str]:

@@ -131,9 +131,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         for run in tqdm(finished(args.folders, tqdm.write), unit="run", leave=False):
-            wanted = args.ablations if args.again else missing(run, args.ablations, args.windows)
+            possible = [ablation for ablation in args.ablations if left_out(ablation, run["depth"])]
+            wanted = possible if args.again else missing(run, possible, args.windows)
             if wanted:
                 tqdm.write(evaluate_run(run, wanted, args.device, args.batch_tokens, args.windows))
+            elif not possible:
+                tqdm.write(f"{run.folder}: a model of depth {run['depth']} has no such layers to leave out")
             else:
                 tqdm.write(f"{run.folder}: done before (--again measures once more)")
     except (RunError, ValueError, OSError) as error:

@@ -59,13 +59,14 @@ class Claim:
     def __init__(self, path: Path) -> None:
         """Creates the file. FileExistsError if another process was faster."""
         self.path, self.over = path, threading.Event()
-        with open(path, "x") as file:  # the one atomic step: of several processes, one creates it
-            try:
-                file.write(json.dumps(identity(os.getpid())))
-                file.flush()
-            except OSError as error:
-                path.unlink()
-                raise RunError(f"{path} could not be written ({error.strerror}): make room, then run the same command again") from None
+        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)  # the one atomic step: of several processes, one creates it
+        try:
+            os.write(file, json.dumps(identity(os.getpid())).encode())
+        except OSError as error:
+            path.unlink()
+            raise RunError(f"{path} could not be written ({error.strerror}): make room, then run the same command again") from None
+        finally:
+            os.close(file)
         threading.Thread(target=self.beat, daemon=True).start()
 
     def beat(self) -> None:

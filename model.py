@@ -134,23 +134,23 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> 
 def kernel_attention(query: Tensor, key: Tensor, value: Tensor, slope: Tensor) -> Tensor:
     """Causal attention with the learned slope, by any stock causal kernel. Shapes as in `plain_attention`.
 
-    No mask tensor: slope * (j - i) is three more channels of the dot product, (32, 1, -i) * slope for the query and
-    (j div 32, j mod 32, 1) for the key, exact in bf16 up to key 8191. A softmax over j does not feel the third one,
-    but the slope's gradient does: it is what keeps rounding errors from being multiplied by j instead of j - i.
+    No mask tensor: slope * (j - i) is four more channels of the dot product, (1024, 32, 1, -i) * slope for the query and
+    the digits of j to the base of 32 and a 1 for the key, exact in bf16 up to key 262143. A softmax over j does not feel
+    the last one, but the slope's gradient does: it is what keeps rounding errors from being multiplied by j instead of j - i.
     Kernels want values no wider than queries, so the value channels are split into groups that share query and key.
     """
     B, H, T, dim = query.shape
     position = torch.arange(T, device=key.device)
     one = torch.ones_like(position)
-    key_position = torch.stack([position // 32, position % 32, one], -1).to(key.dtype).expand(B, H, T, 3)
-    unit = torch.stack([32 * one, one, -position], -1) * math.sqrt(dim)
-    query_position = (slope.float() * unit).to(query.dtype).expand(B, H, T, 3)
+    key_position = torch.stack([position // 1024, position // 32 % 32, position % 32, one], -1).to(key.dtype).expand(B, H, T, 4)
+    unit = torch.stack([1024 * one, 32 * one, one, -position], -1) * math.sqrt(dim)
+    query_position = (slope.float() * unit).to(query.dtype).expand(B, H, T, 4)
 
-    kernel_dim = 1 << (dim + 2).bit_length()  # the next power of two that holds dim + 3
+    kernel_dim = 1 << (dim + 3).bit_length()  # the next power of two that holds dim + 4
     groups = next(g for g in range(1, value.shape[-1] + 1) if value.shape[-1] % g == 0 and value.shape[-1] // g <= kernel_dim)
     group_dim = value.shape[-1] // groups
-    query = F.pad(torch.cat([query, query_position], -1), (0, kernel_dim - dim - 3))
-    key = F.pad(torch.cat([key, key_position], -1), (0, kernel_dim - dim - 3))
+    query = F.pad(torch.cat([query, query_position], -1), (0, kernel_dim - dim - 4))
+    key = F.pad(torch.cat([key, key_position], -1), (0, kernel_dim - dim - 4))
     query, key = (x[:, :, None].expand(B, H, groups, T, kernel_dim).reshape(B, H * groups, T, kernel_dim) for x in (query, key))
     value = value.unflatten(-1, (groups, group_dim)).transpose(2, 3).reshape(B, H * groups, T, group_dim)
     value = F.pad(value, (0, kernel_dim - group_dim))
@@ -349,11 +349,11 @@ def model_bytes(model: GPT, **metadata) -> bytes:
 def load_model(path: str | Path, device: str = "cpu", attention: str | None = None) -> tuple[GPT, dict]:
     """Reads what `model_bytes` wrote -> (model in evaluation mode, metadata). ValueError for a damaged or foreign file."""
     try:
-        with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
             weights = {name: file.get_tensor(name) for name in file.keys()}
         model = GPT(GPTConfig(**metadata.pop("config")), attention=attention)
-        model.to(device, weights["head"].dtype).load_state_dict(weights)
+        model.to(weights["head"].dtype).load_state_dict(weights)
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is not a model of this project, or is damaged ({error}): train it again") from None
-    return model.eval(), metadata
+    return model.to(device).eval(), metadata  # a device that is missing or full is not the file's fault

@@ -32,11 +32,11 @@ class Settings:
     bw_mask: str = Option("anticausal", "flipped is the article's published mask; it leaks the targets", choices=("anticausal", "flipped"))
     direction_tokens: bool = Option(True, "tell the model its direction, and score the same tokens in both")
     unique_tokens: float | None = Option(None, "train on the first this many tokens of the split only, and count epochs over them", 3)
-    seed: int = Option(100, "initial weights, order of the text and direction draws, each from a stream of its own", 0)
+    seed: int = Option(100, "initial weights, order of the text and direction draws, each from a stream of its own", 0, 2**63 - 1)
     # The model
     depth: int = Option(8, "blocks", 1)
     width: int = Option(384, "residual channels", 8)
-    model_scale: float | None = Option(None, "hlb-gpt's size law instead of depth and width: 1 is 8 x 384", 0.05)
+    model_scale: float | None = Option(None, "hlb-gpt's size law instead of depth and width: 1 is 8 x 384", 0.1)
     num_heads: int = Option(1, "attention heads; hlb-gpt found one wide head best", 1)
     linear_value: bool = Option(False, "attention values are the raw gate instead of the GeGLU")
     expand: int = Option(2, "GeGLU channels per residual channel", 2)
@@ -44,14 +44,14 @@ class Settings:
     dropout: float = Option(0.0, "share of the channels that each block adds to the residual stream zeroed in training", 0, 0.99)
     max_seq_len: int = Option(1024, "longest sequence, and the length of every validation window", 2)
     # How long: the run ends with the first step that reaches any of these
-    epochs: float | None = Option(10.0, "tokens passed through the model, both directions counted, per training token", 0)
+    epochs: float | None = Option(10.0, "tokens passed through the model, both directions counted, per training token", 0.0001)
     tokens: float | None = Option(None, "the same as a number of tokens", 1)
     tokens_fw: float | None = Option(None, "forward tokens only, for data-matched comparisons", 1)
     steps: int | None = Option(None, "optimiser steps", 1)
     # The batch: a step is several micro-batches
     batch_tokens: int | None = Option(None, "tokens of a micro-batch; none: hlb-gpt's formula (57,236 at 8 x 384)", 2)
-    physical_tokens: int | None = Option(None, "tokens computed at once, to fit a card; changes rounding only", 2)
-    micro_batches: float | None = Option(None, "micro-batches per step; none: driven by the gradient norm", 0.1)
+    physical_tokens: int | None = Option(None, "tokens computed at once, to fit a card; changes rounding only (and what dropout zeroes)", 2)
+    micro_batches: float | None = Option(None, "micro-batches per step; none: driven by the gradient norm", 1)
     max_micro_batches: int = Option(100, "cap of their number; a run that reaches it is marked hit_cap", 1)
     seq_len: int | None = Option(None, "sequence length; none: grows from seq_len_start to max_seq_len", 2)
     seq_len_start: int = Option(32, "short sequences first: cheap, and enough for local statistics", 2)
@@ -91,8 +91,10 @@ def resolve(settings: Settings) -> Settings:
         values["p_bw"] = 1.0  # where it starts
     if all(values[budget] is None for budget in ("epochs", "tokens", "tokens_fw", "steps")):
         raise ValueError("no end is set: give --epochs, --tokens, --tokens_fw or --steps")
-    if settings.task == "bw" and settings.tokens_fw:
-        raise ValueError("--tokens_fw never ends a run with --task bw: give --tokens, --epochs or --steps")
+    if settings.tokens_fw and (settings.task == "bw" or (settings.task, settings.p_bw) == ("fw-or-bw", 1)):
+        raise ValueError("--tokens_fw never ends a run that learns bw only: give --tokens, --epochs or --steps")
+    if settings.micro_batches and settings.micro_batches > settings.max_micro_batches:
+        raise ValueError(f"--micro_batches {settings.micro_batches:g} is more than --max_micro_batches {settings.max_micro_batches}")
     for name in ("seq_len", "seq_len_start"):
         if (values[name] or 0) > settings.max_seq_len:
             raise ValueError(f"--{name} must be between 2 and --max_seq_len = {settings.max_seq_len}, got {values[name]}")
@@ -145,7 +147,7 @@ class Recipe:
         """Of the matrices. `last_loss`: nats per token of the previous step's last micro-batch, None at step 0."""
         if self.settings.weight_decay is not None:
             return self.settings.weight_decay
-        return 16.0 if last_loss is None else 16.0 / self.decay_base**last_loss
+        return 16.0 if last_loss is None else 16.0 / self.decay_base ** min(last_loss, 700 / math.log(self.decay_base))  # no overflow
 
     def seq_len(self, step: int) -> int:
         s = self.settings

@@ -146,7 +146,7 @@ class Training:
                 sums[direction] = sums.get(direction, 0) + figures
                 passes[direction] += 1
             if self.settings.task == "adaptive" and "bw" in last:  # the one mode that must wait for the device
-                p.p_bw = min(max(math.exp((last["bw"] - last["fw"])[0].item()), 0.01), 1.0)
+                p.p_bw = max(math.exp(min((last["bw"] - last["fw"])[0].item(), 0.0)), 0.01)
             p.micro_step += 1
             p.tokens_unique += batch * length
         p.tokens_fw += passes["fw"] * batch * length
@@ -185,10 +185,8 @@ class Training:
         p.last_loss, p.train_loss, p.train_acc, p.grad_norm = figures.tolist()
         for name, value in (("loss", p.train_loss), ("gradient norm", p.grad_norm)):
             if not math.isfinite(value):
-                raise RunError(
-                    f"the {name} is {value} at step {p.step - 1} (lr {self.optimizer.param_groups[0]['lr']:.3g}, "
-                    f"{self.model.head.dtype}): lower --lr, or try --dtype float32"
-                )
+                rate = f"lr {self.optimizer.param_groups[0]['lr']:.3g}, {self.model.head.dtype}"
+                raise RunError(f"the {name} is {value} at step {p.step - 1} ({rate}): lower --lr, or try --dtype float32")
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 
@@ -215,10 +213,8 @@ class Training:
             if not math.isfinite(loss):
                 raise RunError(f"the {direction} validation loss is {loss} at step {row['step']}: lower --lr, or try --dtype float32")
             if floor is not None and mask != "flipped" and loss < floor - 3 * error:
-                raise RunError(
-                    f"the {direction} validation loss {loss:.4f} at step {row['step']} is below the entropy of the text "
-                    f"({floor:.4f} +- {error:.4f}), which no model can reach: the model sees its targets"
-                )
+                entropy = f"the entropy of the text ({floor:.4f} +- {error:.4f}), which no model can reach"
+                raise RunError(f"the {direction} validation loss {loss:.4f} at step {row['step']} is below {entropy}: the model sees its targets")
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -274,7 +270,7 @@ def describe(training: Training, machine: str) -> dict:
             "name": meta["name"], "tokenizer": meta["tokenizer"], "train_tokens": len(training.train_tokens), "val_tokens": len(training.val_tokens),
             "sha256": {split: meta["splits"][split]["sha256"] for split in ("train", "val")}, "floor": floor, "floor_se": error,
         },
-        "device": machine,
+        "device": machine, "dtype": str(training.model.head.dtype)[6:],
         **provenance(),
     }  # fmt: skip
 
@@ -291,6 +287,8 @@ def open_folder(folder: Path, training: Training, machine: str) -> bool:
             raise RunError(f"{folder / 'config.json'} {difference}: it was altered or written by another version; restore it, or use another --study")
         if found["data"].get("sha256", config["data"]["sha256"]) != config["data"]["sha256"]:
             raise RunError(f"{folder} was trained on other tokens than {training.settings.data} holds now: use another --study")
+        if found.get("dtype", config["dtype"]) != config["dtype"]:  # "auto" on another machine
+            raise RunError(f"{folder} was begun in {found['dtype']}, and auto is {config['dtype']} here: continue it where it was begun, or use another --study")
     else:
         runs.write_json(folder / "config.json", config)
     return (folder / "state.pt").exists()
@@ -393,6 +391,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         return train_all(parse_grid(Settings, __doc__, argv), train, Group())
     except (RunError, OSError) as error:
         raise SystemExit(str(error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: the same command goes on with what is not finished") from None
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ READ = 1 << 20              # bytes read at a time
 
 
 def invalid_utf8(path: Path, offset: int, error: UnicodeDecodeError) -> DataError:
-    where = " of the uncompressed text" if path.name.endswith(".gz") else ""
+    where = " of the uncompressed text" if zipped(path) else ""
     return DataError(f"{path} is not valid UTF-8: {error.reason} at byte offset {offset:,}{where}; "
                      f"convert it to UTF-8 or repair that place")
 
@@ -60,7 +61,7 @@ def read_txt(path: Path, start: int, stop: int) -> Blocks:
 def read_jsonl(path: Path, field: str) -> Iterator[tuple[str, int]]:
     """(text, bytes of the file read for it) of every non-empty line."""
     with open(path, "rb") as raw:
-        lines = io.BufferedReader(gzip.open(raw), READ) if path.name.endswith(".gz") else raw
+        lines = io.BufferedReader(gzip.open(raw), READ) if zipped(path) else raw
         offset = done = 0
         try:
             for number, line in enumerate(lines, 1):
@@ -78,8 +79,12 @@ def json_text(path: Path, number: int, offset: int, line: bytes, field: str) -> 
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise invalid_utf8(path, offset + error.start, error) from None
+    except RecursionError:
+        raise DataError(f"{path}, line {number:,}: nested too deeply") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {number:,}: not valid JSON ({error.msg} at column {error.colno})") from None
+    except ValueError as error:         # a number of thousands of digits
+        raise DataError(f"{path}, line {number:,}: {error}") from None
     if not isinstance(row, dict):
         raise DataError(f"{path}, line {number:,}: a JSON object is expected, not {type(row).__name__}")
     if not isinstance(row.get(field), str):
@@ -153,6 +158,21 @@ def suffix_of(path: Path) -> str | None:
     return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
 
 
+def zipped(path: Path) -> bool:
+    return path.name.lower().endswith(".gz")
+
+
+def text_files(folder: Path) -> list[Path]:
+    """All files of text below a folder, through links; hidden files and folders (.git, .ipynb_checkpoints) are none."""
+    found, seen = [], set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]  # links may lead in circles
+        found += [] if real in seen else [Path(place, name) for name in files if suffix_of(Path(name)) and not name.startswith(".")]
+        seen.add(real)
+    return sorted(found)
+
+
 def split_of(path: Path) -> str | None:
     """"train", "val" or "test" if a part of the file's name (or else of its folders' names) says so."""
     for part in reversed(path.parts):
@@ -167,7 +187,7 @@ def local_splits(source: Path, field: str, val_fraction: float) -> tuple[dict[st
     if source.is_file():
         files, named = [source], {None: [source]}
     else:
-        files = sorted(p for p in source.rglob("*") if p.is_file() and suffix_of(p) and not p.name.startswith("."))
+        files = text_files(source)
         named = {}
         for path in files:
             named.setdefault(split_of(path.relative_to(source)), []).append(path)
@@ -204,12 +224,12 @@ def documents(files: list[Path], field: str) -> Iterator[Document]:
 
 
 def share_of_bytes(files: list[Path], val_fraction: float) -> dict[str, Iterator[Document]]:
-    """The last share of the bytes of all .txt files, or a little more: cut where a line begins."""
+    """The last share of the bytes of all .txt files, or a little more: cut where a line begins, or if all is one line, a word."""
     sizes = [path.stat().st_size for path in files]
     edge = int(sum(sizes) * (1 - val_fraction))
     train, val = [], []
     for path, size in zip(files, sizes):
-        cut = 0 if edge <= 0 else size if edge >= size else line_start(path, edge)
+        cut = 0 if edge <= 0 else size if edge >= size else behind(path, edge, b"\n") or behind(path, edge, b" ")
         edge -= size
         train += [(path, 0, cut)] * (cut > 0)
         val += [(path, cut, size)] * (cut < size)
@@ -217,13 +237,13 @@ def share_of_bytes(files: list[Path], val_fraction: float) -> dict[str, Iterator
     return {"train": ((read_txt(*part), ends) for part in train), "val": ((read_txt(*part), ends) for part in val)}
 
 
-def line_start(path: Path, position: int) -> int:
-    """Where the line that holds byte `position` begins."""
+def behind(path: Path, position: int, mark: bytes) -> int:
+    """Where what follows the last mark (one byte) before byte `position` begins; 0 without one."""
     with open(path, "rb") as file:
         while position > 0:
             start = max(0, position - READ)
             file.seek(start)
-            if (found := file.read(position - start).rfind(b"\n")) >= 0:
+            if (found := file.read(position - start).rfind(mark)) >= 0:
                 return start + found + 1
             position = start
     return 0
@@ -233,7 +253,7 @@ def count_documents(path: Path) -> int:
     if suffix_of(path) == ".parquet":
         with open_parquet(path) as table:
             return table.metadata.num_rows
-    with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as lines:
+    with gzip.open(path) if zipped(path) else open(path, "rb") as lines:
         try:
             return sum(1 for line in lines if line.strip())
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:

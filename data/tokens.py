@@ -82,8 +82,8 @@ def open_tokens(folder: str | Path, split: str, verify: bool = False) -> Tokens:
     if size != count * dtype.itemsize:
         raise DataError(f"{path} has {size:,} bytes where meta.json promises {count:,} tokens of type {meta['dtype']} "
                         f"({count * dtype.itemsize:,} bytes); {repair}")
-    if count == 0:
-        raise DataError(f"{path} holds no tokens; {repair}")
+    if count < (2 if split == "val" else 1):
+        raise DataError(f"{path} holds {count or 'no'} token{'s' * (count != 1)}, too few to {'score' if split == 'val' else 'train on'}; {repair}")
     if verify and file_sha256(path) != sha256:
         raise DataError(f"{path} is not the file that was prepared (its sha256 differs from meta.json's); {repair}")
     return Tokens(folder, split, np.memmap(path, dtype=dtype, mode="r"), meta)

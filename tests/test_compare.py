@@ -1,6 +1,7 @@
 """Statistics held against planted truths: coverage of intervals, family-wise errors, budgets, verdicts, the README."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +235,16 @@ def test_the_flipped_mask_borrows_the_forward_model_for_forward_losses_only(tmp_
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_dtypes_are_never_mixed_under_auto(tmp_path):
+    """On two hosts `auto` may be two dtypes; older runs tell theirs in the words for their device only."""
+    for seed, (dtype, words) in enumerate((("bfloat16", ""), (None, "2 CPU threads, float32 (the machine multiplies bf16 slowly), compile off"))):
+        for p_bw in (0.0, 0.05):
+            config = plant(tmp_path, seed=seed, p_bw=p_bw, dtype="auto") / "config.json"
+            content = json.loads(config.read_text()) | ({"dtype": dtype} if dtype else {}) | {"device": words}
+            config.write_text(json.dumps(content))
+    assert [cell.group.extras for cell in load(tmp_path).cells] == [(("dtype", "bfloat16"),), (("dtype", "float32"),)]
+
+
 def test_a_verdict_needs_three_seeds_and_an_interval_on_one_side():
     logs = np.log([1.10, 1.11, 1.12])
     assert verdicts.decide(logs, 1.0, above=True) == "holds" and verdicts.decide(logs, 1.0, above=False) == "does not hold"
@@ -371,7 +382,7 @@ def test_the_articles_numbers_are_those_that_were_transcribed():
     for size in article.SIZES:
         assert (size.all, size.early, size.late) == tuple(medians[window + (size.params,)] for window in (("0", ""), ("0", "1"), ("5", "")))
         here = (size.depth, size.width)
-        assert (size.ratio1_ppl, size.ratio1_ppl_half) == (ratios[0][*here, size.depth], ratios[0][*here, size.depth // 2]), size
+        assert (size.ratio1_ppl, size.ratio1_ppl_half) == (ratios[0][(*here, size.depth)], ratios[0][*here, size.depth // 2]), size
         assert (size.ratio2, size.ratio2_one) == (ratios[1][*here, size.depth], ratios[1][*here, 1]), size
     losses = {(r["depth"], r["p_bw"], r["direction"], float(r["epoch"])): float(r["val_loss"]) for r in table("curves.csv")}
     for epoch, ours in article.LOSSES_8X384.items():

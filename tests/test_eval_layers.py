@@ -169,6 +169,15 @@ def test_tables_of_an_older_version_are_read_and_continued(corpus, tmp_path):
     assert list(layers.tokens.isna()) == [True, True, False, False] and list(layers.ablation) == ["cut", "cut", "drop", "drop"]
 
 
+def test_no_block_to_leave_out_and_no_gpu_are_sentences(corpus, tmp_path, capsys):
+    (folder,) = study_of(corpus, tmp_path, "--depth 2")
+    eval_layers.main([str(folder), "--device", "cpu", "--ablations", "block"])
+    assert "depth 2 has no such layers" in capsys.readouterr().out and not (folder / "layers.csv").exists()
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="no CUDA device here"):
+            eval_layers.main([str(folder), "--device", "cuda"])
+
+
 def test_other_validation_tokens_and_missing_weights_are_named(corpus, tmp_path):
     (folder,) = study_of(corpus, tmp_path, "--depth 1")
     (folder / "model.safetensors").write_bytes(b"nothing")

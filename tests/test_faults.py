@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import shutil
 import subprocess
 import tempfile
 from dataclasses import fields
@@ -203,6 +204,30 @@ def test_a_folder_of_an_older_version_goes_on(corpus, whole, tmp_path, monkeypat
     train.main(flags(corpus, tmp_path, MORE))
     ours, theirs = (next(iter(tables(study).values())) for study in (tmp_path, whole))
     pd.testing.assert_frame_equal(ours.drop(columns="hit_cap"), theirs.drop(columns="hit_cap"), check_exact=True)
+
+
+def test_a_run_is_not_continued_in_another_dtype(corpus, tmp_path, monkeypatch):  # noqa: F811
+    """--dtype auto means another one on another host, which may share the study."""
+    monkeypatch.setitem(globals(), "MORE", f"{MORE} --dtype auto")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    folder = stop(corpus, tmp_path, monkeypatch)
+    assert runs.read_config(folder)["dtype"] == "float32"
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    with pytest.raises(SystemExit, match="begun in float32, and auto is bfloat16 here"):
+        train.main(flags(corpus, tmp_path, MORE))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    (row,) = train.main(flags(corpus, tmp_path, MORE))
+    assert row["step"] == 8
+
+
+def test_a_validation_split_that_cannot_be_scored_is_named(corpus, tmp_path):  # noqa: F811
+    shutil.copytree(corpus, tmp_path / "data")
+    (tmp_path / "data" / "val.bin").write_bytes((corpus / "val.bin").read_bytes()[:2])
+    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
+    meta["splits"]["val"]["tokens"] = 1
+    (tmp_path / "data" / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(SystemExit, match="val.bin holds 1 token, too few to score"):
+        train.main(flags(tmp_path / "data", tmp_path / "study", MORE))
 
 
 def test_a_missing_corpus_is_a_sentence(tmp_path):

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from gradients import CountedEmbedding, HeadLoss, token_counts
-from model import MASK_OF, MASKS, GPT, GPTConfig, evaluate, frame, load_model, model_bytes, padded_vocab_size
+from model import (
+    MASK_OF, MASKS, GPT, GPTConfig, evaluate, frame, kernel_attention, load_model, model_bytes, padded_vocab_size, plain_attention, position_bias,
+)  # fmt: skip
 
 MAX = 48  # longest sequence in these tests
 PATHS = ["plain", "kernel", "compiled"]
@@ -170,6 +172,16 @@ def test_every_path_has_the_formulas_gradients(path):
     truth, found = gradients(make("plain", 2).double()), gradients(make(path, 2))
     for name, gradient in truth.items():
         assert (found[name] - gradient).norm() <= 1e-3 * gradient.norm(), name
+
+
+def test_positions_by_kernel_are_exact_in_bf16_beyond_8192():
+    """The digits of a position must each be exact: with two of them, keys beyond 8191 fell onto their neighbours."""
+    length, slope = 8192 + 512, torch.tensor(0.3)
+    query, key, value = (torch.randn(1, 1, length, n).bfloat16() for n in (12, 12, 16))
+    out = kernel_attention(query, key, value, slope)[:, :, -64:].float()
+    positions = torch.arange(length)
+    truth = plain_attention(query[:, :, -64:].float(), key.float(), value.float(), position_bias("causal", slope, positions[-64:], positions, length))
+    assert (out - truth).norm() < 0.02 * truth.norm()
 
 
 def test_slopes_by_kernel_are_exact_at_full_length():

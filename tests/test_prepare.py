@@ -170,6 +170,23 @@ def test_several_txt_end_with_the_end_of_text_token(tmp_path):
     assert train == "a1\na2\n<|endoftext|>b1\nb2\n<|endoftext|>" and val == "c1\nc2\n<|endoftext|>"
 
 
+def test_a_text_of_one_line_is_cut_between_words(tmp_path):
+    (tmp_path / "text8.txt").write_text("word " * 1000)
+    train, val = prepared(tmp_path, tmp_path / "text8.txt", "--val-fraction", "0.1")
+    assert train + val == "word " * 1000 and train.endswith(" ") and len(val) == 500
+
+
+def test_links_are_followed_and_hidden_folders_left_out_and_suffixes_have_no_case(tmp_path):
+    """Copies in .git and .ipynb_checkpoints would put the validation text into the training text."""
+    for place in ("in", "in/.git", "in/.ipynb_checkpoints", "elsewhere"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "A.JSONL.GZ").write_bytes(gzip.compress(b"".join(b'{"text": "%s %d"}\n' % (place.encode(), i) for i in range(5))))
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "in")
+    train, val = prepared(tmp_path, tmp_path / "in", "--val-fraction", "0.2")
+    assert (train + val).split("<|endoftext|>")[:-1] == [f"{place} {i}" for place in ("in", "elsewhere") for i in range(5)]
+
+
 def test_last_share_of_documents_and_other_fields_and_parquet(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -239,7 +256,9 @@ def test_wikitext_through_datasets_gives_the_raw_files_tokens(tmp_path, gpt2, mo
     ("a.jsonl.gz", b"not gzip\n", r"a\.jsonl\.gz is damaged"),
     ("a.parquet", b"not parquet", r"a\.parquet cannot be read as parquet"),
     ("a.jsonl", b'{"text": "only one"}\n', r"has 1 document"),
-    ("a.txt", b"", r"split has no text"), ("a.txt", b"one line\n", r"the train split has no text.*--val-fraction"),
+    ("a.txt", b"", r"split has no text"), ("a.txt", b"one-word\n", r"the train split has no text.*--val-fraction"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": ' + b"9" * 5000 + b"}\n", r"line 2: .*digits"),
+    ("a.jsonl", b'{"text": "a"}\n' + b"[" * 200_000 + b"\n", r"line 2: nested too deeply"),
     ("a.jsonl", b"\n", r"has 0 document"), ("a.pdf", b"x", r"holds no text to train on.*\.txt"),
 ])
 def test_bad_input_is_one_sentence_that_names_the_place(tmp_path, name, content, message):

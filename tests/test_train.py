@@ -99,6 +99,13 @@ def test_weight_decay_and_micro_batches():
     assert [recipe.count(0.1, 0.05), recipe.count(2.3, 0.29), recipe.count(2.3, 0.31), recipe.count(500, 0.5)] == [1, 3, 2, 100]
 
 
+def test_a_loss_of_a_diverging_run_is_survived():
+    """It is reported by the run as not finite, or falls again; arithmetic on it must not end a whole grid."""
+    recipe = Recipe(Settings(), 46_009_736)
+    assert 0 < recipe.weight_decay(1e6) == recipe.weight_decay(400.0) < recipe.weight_decay(300.0)
+    assert recipe.weight_decay(3.3) == 16 / recipe.decay_base**3.3
+
+
 def test_every_schedule_can_be_fixed():
     recipe = Recipe(Settings(lr=0.5, warmup_steps=0, lr_decay=0, lr_decay_head=0, lr_decay_slopes=1, weight_decay=0.1, seq_len=64,
                              micro_batches=3, batch_tokens=640), N)  # fmt: skip
@@ -220,6 +227,16 @@ def test_tasks_count_their_passes(corpus, tmp_path, task, fw, bw):
     assert row["train_loss"] > 0
 
 
+def test_adaptive_p_bw_survives_a_bw_loss_that_is_far_off(corpus, tmp_path, monkeypatch):
+    real = train.Training.one_pass
+    monkeypatch.setattr(train.Training, "one_pass", lambda self, windows, direction, share: real(self, windows, direction, share) + 1000 * (direction == "bw"))
+    (row,) = train.main(flags(corpus, tmp_path, "--steps 2 --task adaptive"))
+    assert row["p_bw"] == 1.0
+    monkeypatch.setattr(train.Training, "one_pass", lambda self, windows, direction, share: real(self, windows, direction, share) - 1000 * (direction == "bw"))
+    (row,) = train.main(flags(corpus, tmp_path / "other", "--steps 2 --task adaptive"))
+    assert row["p_bw"] == 0.01
+
+
 def test_adaptive_p_bw_follows_the_two_perplexities(corpus, tmp_path):
     row, _ = run(corpus, tmp_path, "--task adaptive --steps 8")
     assert 0.01 <= row["p_bw"] <= 1 and row["tokens_bw"] > 0
@@ -317,7 +334,8 @@ def test_wrong_flags_are_named_with_their_range(wrong, sentence, capsys):
     assert __import__("re").search(sentence, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("settings, flag", [(dict(epochs=None), "--epochs"), (dict(seq_len=2048), "--seq_len"), (dict(task="bw", tokens_fw=9.0), "--tokens_fw")])
+@pytest.mark.parametrize("settings, flag", [(dict(epochs=None), "--epochs"), (dict(seq_len=2048), "--seq_len"), (dict(task="bw", tokens_fw=9.0), "--tokens_fw"),
+                                            (dict(task="fw-or-bw", p_bw=1.0, tokens_fw=9.0), "--tokens_fw"), (dict(micro_batches=200.0), "--max_micro_batches")])
 def test_settings_that_contradict_each_other_are_named(settings, flag):
     with pytest.raises(ValueError, match=flag):
         resolve(Settings(**settings))
