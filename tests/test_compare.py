@@ -382,8 +382,8 @@ def test_the_articles_numbers_are_those_that_were_transcribed():
     for size in article.SIZES:
         assert (size.all, size.early, size.late) == tuple(medians[window + (size.params,)] for window in (("0", ""), ("0", "1"), ("5", "")))
         here = (size.depth, size.width)
-        assert (size.ratio1_ppl, size.ratio1_ppl_half) == (ratios[0][(*here, size.depth)], ratios[0][*here, size.depth // 2]), size
-        assert (size.ratio2, size.ratio2_one) == (ratios[1][*here, size.depth], ratios[1][*here, 1]), size
+        assert (size.ratio1_ppl, size.ratio1_ppl_half) == (ratios[0][(*here, size.depth)], ratios[0][(*here, size.depth // 2)]), size
+        assert (size.ratio2, size.ratio2_one) == (ratios[1][(*here, size.depth)], ratios[1][(*here, 1)]), size
     losses = {(r["depth"], r["p_bw"], r["direction"], float(r["epoch"])): float(r["val_loss"]) for r in table("curves.csv")}
     for epoch, ours in article.LOSSES_8X384.items():
         assert ours == tuple(losses["8", p, d, epoch] for p, d in (("0.0", "fw"), ("0.05", "fw"), ("0.05", "bw")))

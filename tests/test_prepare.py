@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import regex        # comes with tiktoken
 import tiktoken
@@ -188,8 +190,6 @@ def test_links_are_followed_and_hidden_folders_left_out_and_suffixes_have_no_cas
 
 
 def test_last_share_of_documents_and_other_fields_and_parquet(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
     rows = [f"text {i}" for i in range(10)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"id": 1, "body": row}) + "\n\n" for row in rows))
     pq.write_table(pa.table({"body": rows}), tmp_path / "d.parquet", row_group_size=3)
@@ -219,8 +219,6 @@ def test_toyworld_by_name(tmp_path):
 @pytest.mark.parametrize("name", ["wikitext-103", "wikitext-2"])
 def test_wikitext_through_datasets_gives_the_raw_files_tokens(tmp_path, gpt2, monkeypatch, name):
     """A stand-in with the hub's layout and schema: rows are lines, and blank lines have become empty strings."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     raw = (SHARED / "wikitext" / "wiki.valid.raw").read_bytes().decode()
     rows = [line if line.strip() else "" for line in raw.splitlines(keepends=True)]
@@ -256,7 +254,7 @@ def test_wikitext_through_datasets_gives_the_raw_files_tokens(tmp_path, gpt2, mo
     ("a.jsonl.gz", b"not gzip\n", r"a\.jsonl\.gz is damaged"),
     ("a.parquet", b"not parquet", r"a\.parquet cannot be read as parquet"),
     ("a.jsonl", b'{"text": "only one"}\n', r"has 1 document"),
-    ("a.txt", b"", r"split has no text"), ("a.txt", b"one-word\n", r"the train split has no text.*--val-fraction"),
+    ("a.txt", b"", r"split has no text"), ("a.txt", b"word\n", r"the train split has no text.*--val-fraction"),
     ("a.jsonl", b'{"text": "a"}\n{"text": ' + b"9" * 5000 + b"}\n", r"line 2: .*digits"),
     ("a.jsonl", b'{"text": "a"}\n' + b"[" * 200_000 + b"\n", r"line 2: nested too deeply"),
     ("a.jsonl", b"\n", r"has 0 document"), ("a.pdf", b"x", r"holds no text to train on.*\.txt"),
@@ -270,8 +268,6 @@ def test_bad_input_is_one_sentence_that_names_the_place(tmp_path, name, content,
 
 
 def test_bad_parquet_names_the_row(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
     invalid = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 1, 3], "<i4")), pa.py_buffer(b"ab\xff"))
     for column, message in ((["a", None], "row 1: the field 'text' is None, not text"), ([1, 2], "row 0: .* is 1, not"),
                             (invalid, r"row 1: the field 'text' is not valid UTF-8: .* byte offset 1 of the field")):
