@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 import regex        # comes with tiktoken
 import tiktoken
+from conftest import ROOT
 
 from data import encode, prepare, sources
 from data.tokens import DataError, OfflineError, open_tokens
 
-ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 CACHE = SHARED / "tiktoken_cache"
 needs_gpt2 = pytest.mark.skipif(not CACHE.is_dir(), reason="the GPT-2 tokenizer's files are not beside the project")
