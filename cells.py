@@ -78,7 +78,7 @@ class Variant(NamedTuple):
     @property
     def label(self) -> str:
         named = {"fw": "p_bw = 0", "bw": "bw only", "adaptive": "adaptive p_bw"}
-        prefix = "fw or bw at " if self.task == "fw-or-bw" else ""
+        prefix = {"fw+bw": "", "fw-or-bw": "fw or bw at "}.get(self.task, f"{self.task}, ")
         return named.get(self.task, f"{prefix}p_bw = {self.p_bw:g}")
 
     def trains(self, direction: str) -> bool:
@@ -145,8 +145,8 @@ def variants(study: Study) -> list[Variant]:
 
 
 def choose(study: Study, p_bw: float | None = None, task: str = "fw+bw") -> Variant | None:
-    """The variant to hold against p_bw = 0: `p_bw` if given, else 0.05, else the smallest; of `task`, else of any."""
-    both = [v for v in variants(study) if v not in (FW_ONLY, BW_ONLY)]
+    """The variant to hold against p_bw = 0: `p_bw` if given, else 0.05, else the smallest; of `task`, else of any that is known here."""
+    both = [v for v in variants(study) if v not in (FW_ONLY, BW_ONLY) and v.task in ("fw+bw", "fw-or-bw", "adaptive")]
     both = [v for v in both if v.task == task] or both
     if p_bw is not None:
         both = [v for v in both if v.p_bw == p_bw]
@@ -167,7 +167,7 @@ def load(folder: str | Path, seeds: Sequence[int] | None = None, budget: str = "
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise StudyError(f"{folder} is not there: train a study with python train.py --study {folder.name}")
+        raise StudyError(f"{folder} is not there: train a study with python train.py --study {folder}")
     try:
         found = read_study(folder)
     except RunError as error:
@@ -247,10 +247,11 @@ def dtype_of(run: Run) -> str | None:
 
 
 def _further_settings_that_vary(found: list[Run]) -> list[str]:
+    """A setting that some runs lack varies, too: they were trained before there was one, and nothing says what it was then."""
     seen: dict[tuple, set[str]] = {}
-    for run in found:
-        values = _comparable(run)
+    everything = [_comparable(run) for run in found]
+    for values in everything:
         met = tuple(values[name] for name in CELL_SETTINGS if name not in CROSSED)
-        for name in values.keys() - {*CROSSED}:
-            seen.setdefault((name, met), set()).add(values[name])
+        for name in {name for other in everything for name in other} - {*CROSSED}:
+            seen.setdefault((name, met), set()).add(values.get(name, "not set"))
     return sorted({name for (name, _), different in seen.items() if len(different) > 1})

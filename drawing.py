@@ -22,7 +22,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from PIL import Image  # comes with matplotlib
 
 from cells import BUDGETS, BW_ONLY, FW_ONLY, Group, Study, Variant, choose
@@ -197,6 +197,11 @@ def write_png(figure: Figure, path: Path) -> None:
 def plain_log_axis(axis) -> None:
     """Plain numbers at ticks that suit what the axis spans, not one lonely power of ten. Call it after plotting."""
     low, high = axis.get_view_interval()
+    if 0 < low and high / low < 1.8:  # as good as linear
+        axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(NullLocator())
+        return
     ticks = {4: (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), 20: (1, 1.5, 2, 3, 5, 7), 1000: (1, 2, 5), math.inf: (1,)}
     subs = next((ticks[span] for span in ticks if low > 0 and high / low < span), (1,))
     axis.set_major_locator(LogLocator(subs=subs, numticks=20))

@@ -109,7 +109,7 @@ def missing(run: runs.Run, ablations: list[str], windows: int | None = None) -> 
     """The ablations that the run's tables lack; all of them if similarity.csv is not there."""
     if not (run.folder / runs.table_name("similarity", windows=windows)).exists():
         return ablations
-    found = runs.read_table(run.folder / runs.table_name("layers", windows=windows), runs.LAYERS_COLUMNS[:-1]).ablation
+    found = runs.read_table(run.folder / runs.table_name("layers", windows=windows), runs.LAYERS_COLUMNS).ablation
     return [ablation for ablation in ablations if (found == ablation).sum() < len(left_out(ablation, run["depth"]))]
 
 
@@ -118,7 +118,7 @@ def evaluate_run(run: runs.Run, ablations: list[str], device: str, batch_tokens:
     layers, similarity = (run.folder / runs.table_name(table, windows=windows) for table in ("layers", "similarity"))
     trained, similarities = open_trained(run, device), {"fw": Similarity(), "bw": Similarity()}
     new = ablate(trained.model, trained.val, ablations, trained.bw_mask, trained.direction_tokens, batch_tokens, windows, similarities)
-    kept = [row for row in runs.read_rows(layers, runs.LAYERS_COLUMNS[:-1]) if row["ablation"] not in ablations]
+    kept = [row for row in runs.read_rows(layers, runs.LAYERS_COLUMNS) if row["ablation"] not in ablations]
     runs.write_table(layers, kept + new, runs.LAYERS_COLUMNS)
     runs.write_table(similarity, [row for direction, found in similarities.items() for row in found.rows(direction)], runs.SIMILARITY_COLUMNS)
     return str(layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import itertools
 import types
 import typing
@@ -18,12 +19,22 @@ def Option(default: Any, help: str, low: float | None = None, high: float | None
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without forty of usage, and which flag may have been meant."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        known = [flag for action in self._actions for flag in action.option_strings]
+        wrong = [word for word in message.split() if word.startswith("--")] if message.startswith("unrecognized") else []
+        near = [f"{word}: did you mean {found[0]}?" for word in wrong if (found := difflib.get_close_matches(word, known, 1))]
+        self.exit(2, f"{self.prog}: {'; '.join([message, *near])} (--help lists all flags)\n")
+
+
 def parse_grid(settings_class: type, description: str, argv: list[str] | None = None) -> list[Any]:
     """Parses flags into settings; a flag with several values makes a grid: one settings object per combination.
 
     The last flag's values vary fastest. A wrong flag or value ends the program with a sentence naming flag and range.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     hints = typing.get_type_hints(settings_class)
     for field in dataclasses.fields(settings_class):
         default = NONE if field.default is None else field.default

@@ -325,7 +325,7 @@ def status(study: str | Path) -> str:
     """How far a study is, in a few lines. RunError if there is no such study."""
     folders = sorted(path for path in Path(study).glob("*/") if (path / "config.json").exists() or RUN_NAME.fullmatch(path.name))
     if not folders:
-        raise RunError(f"{study} holds no runs: train some with python train.py --study {study}")
+        raise runs.no_study(Path(study))
     found = [standing(folder) for folder in folders]
     counts = ", ".join(f"{sum(run.state == state for run in found)} {state}" for state in ("done", "running", "planned", "failed"))
     lines = [f"  {'interrupted' if run.state == 'planned' else run.state:12} {run.name}  {run.detail}"

@@ -28,6 +28,7 @@ from gradients import CountedEmbedding, HeadLoss, parts, softmax_gradient, softm
 
 MASKS = ("causal", "anticausal", "none", "flipped")
 MASK_OF = {"fw": "causal", "bw": "anticausal"}  # the mask that belongs to a direction
+KERNEL_MASKS = ("causal", "anticausal")  # what a stock causal kernel can do, the second one by the mirror
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,7 +279,7 @@ class GPT(nn.Module):
         if mask not in MASKS:
             raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {mask!r}")
         faster = "kernel" if x.is_cuda or x.shape[1] >= self.LONG else "plain"
-        kernel = (self.attention or faster) == "kernel" and mask in MASK_OF.values()
+        kernel = (self.attention or faster) == "kernel" and mask in KERNEL_MASKS
         # Positions enter only through distance, so an anticausal pass is a causal pass over the mirrored sequence:
         # one kernel and one compiled graph serve both directions.
         mirrored = kernel and mask == "anticausal"

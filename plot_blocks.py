@@ -29,7 +29,7 @@ def damage(run: Run, direction: str, windows: int | None = None) -> np.ndarray |
 
     NaN where there is no such block; None if the table lacks a row, or the model has one layer.
     """
-    table, depth = read_table(run.folder / table_name("layers", windows=windows), LAYERS_COLUMNS[:-1]), run["depth"]
+    table, depth = read_table(run.folder / table_name("layers", windows=windows), LAYERS_COLUMNS), run["depth"]
     whole = table[(table.ablation == "cut") & (table.layers_remaining == depth)]
     rows = table[table.ablation.isin(["drop", "block"])]
     if whole.empty or len(rows) < depth * (depth + 1) / 2 - 1 or depth < 2:

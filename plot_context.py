@@ -55,6 +55,8 @@ def context(study: Study, options: Options = Options()) -> list[Path]:
             panels = [[line for line in lines if gaps(line[2], table)[0].size] for lines in panels]
             if any(panels):
                 paths.append(_context_figure(study, cell, table, panels))
+            elif any((run.folder / f"{table}.csv").exists() for seeds in by.values() for run in seeds.values()):
+                study.note(f"context: {study.name(cell)} has {table}.csv for one direction only")
     return paths
 
 
@@ -69,11 +71,13 @@ def _context_figure(study: Study, cell: Cell, table: str, panels: list[list]) ->
     caption = "The text is cut into windows of so many tokens; fw and bw predict the same tokens from what lies before or behind them in the window. "
     caption += "Gap: (bw loss - fw loss) / fw loss. Thin: each seed; thick: mean with its 95 % t-interval over seeds, of the log-ratio. "
     caption += "These models were trained on windows of up to {:,} tokens. ".format(max(run["max_seq_len"] for run in runs))
+    caption += "An axis that reaches far is linear up to 1 %, logarithmic beyond. "
     caption += "Grey: Papadopoulos et al. 2024, separate models, other texts, trained on windows of each size. "
     other = table.removeprefix("context").strip("_")
     caption += f"Measured on {re.sub(r'(?<=[0-9])windows$', ' windows', other.replace('_', ', '))}. " if other else ""
     name = f"context_{cell.depth}x{cell.width}" + (f"_{other}" if other else "")
     title = f"How much worse backward is than forward, by context: {cell.label} ({short(cell.params)} parameters), {study.heading(cell.group)}"
+    title += f", on {re.sub('_?[0-9]+windows$', '', other)}" if re.sub("_?[0-9]+windows$", "", other) else ""
     return save(study, figure, cell.group, name, title, caption + describe(runs) + ".")
 
 

@@ -64,7 +64,8 @@ def merge(study: Study, options: Options = Options()) -> list[Path]:
         caption = f"Loss of models whose weights are (1 - share) x those of the run with {variant_a.label} + share x those of "
         caption += f"the run with {variant_b.label}"
         caption += " and the same seed. " if all(line.a["seed"] == line.b["seed"] for line in pairs) else ". "
-        caption += "Thin: each pair of runs; thick: mean; dots: the runs themselves. Height of the barrier, that is the largest loss above "
+        caption += "Thin: each pair of runs; thick: mean; dots: the runs themselves; dashed: the straight line between them (on a "
+        caption += "logarithmic axis it bends). Height of the barrier, that is the largest loss above "
         caption += f"the straight line between both ends, mean over pairs ± half of its 95 % t-interval: {', '.join(told)} nats per token. "
         name = "_".join([f"merge_{cell.depth}x{cell.width}", _tag(variant_a), "to", _tag(variant_b)])
         title = f"Between two models' weights: {cell.label} ({short(cell.params)} parameters), {study.heading(cell.group)}"

@@ -34,8 +34,6 @@ def pareto(study: Study, options: Options = Options()) -> list[Path]:
         swept = [cell for cell in cells if len(set(study.cells[cell]) - {FW_ONLY, BW_ONLY}) > 1]
         sizes = [cell for cell in cells if chosen in study.cells[cell]]
         together = len(sizes) > 1
-        if not swept and not together:  # one size, one p_bw: worth a picture beside models of one direction
-            swept = [cell for cell in cells if len(study.cells[cell]) > 1]
         panels = len(swept) + together
         if not panels:
             study.note(f"pareto, {study.heading(group)}: nothing to hold one point against")

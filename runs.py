@@ -39,6 +39,7 @@ SIMILARITY_COLUMNS = ("direction", "layer", "block_size", "angular_distance", "b
 CONTEXT_COLUMNS = ("direction", "context", "tokens", "loss")
 DOCUMENTS_COLUMNS = ("direction", "document", "tokens", "loss")
 MERGE_COLUMNS = ("run_a", "run_b", "weight", "fw_loss", "fw_acc", "fw_ppl", "bw_loss", "bw_acc", "bw_ppl")
+LATER_COLUMNS = {CURVE_COLUMNS: ("hit_cap",), LAYERS_COLUMNS: ("tokens",)}  # that older tables lack: a new column goes here, too
 KEYS = (  # a table that has these columns has one row for each of their values
     ("step",), ("ablation", "layers_remaining", "layer"), ("direction", "layer", "block_size"), ("direction", "context"),
     ("direction", "document"), ("run_a", "run_b", "weight"),
@@ -128,7 +129,7 @@ def table_name(table: str, data: str | None = None, windows: int | None = None) 
 
 
 def read_table(path: str | Path, columns: tuple[str, ...]) -> pd.DataFrame:
-    """A run's table with at least `columns`; an empty frame if there is no such file; RunError if it is damaged."""
+    """A run's table with at least `columns`, but for later ones; an empty frame if there is no such file; RunError if it is damaged."""
     path = Path(path)
     if not path.exists():
         return pd.DataFrame(columns=list(columns))
@@ -147,7 +148,7 @@ def read_table(path: str | Path, columns: tuple[str, ...]) -> pd.DataFrame:
     except ValueError as error:  # pandas' and UnicodeDecodeError are ValueErrors
         raise RunError(f"{path} is damaged ({error}): restore it, or delete it and run the command that made it") from None
     for column in columns:
-        if column not in table:
+        if column not in table and column not in LATER_COLUMNS.get(columns, ()):
             raise RunError(f"{path} has no column {column!r}: it is damaged or was written by an older version")
     return table
 
@@ -203,8 +204,8 @@ def read_run(folder: str | Path) -> Run:
     return Run(
         folder=folder,
         config=config,
-        curve=read_table(folder / "curve.csv", CURVE_COLUMNS[:-1]),
-        layers=read_table(folder / "layers.csv", LAYERS_COLUMNS[:-1]),  # older tables have no tokens
+        curve=read_table(folder / "curve.csv", CURVE_COLUMNS),
+        layers=read_table(folder / "layers.csv", LAYERS_COLUMNS),
         finished=finished,
     )
 
@@ -214,8 +215,15 @@ def read_study(folder: str | Path) -> list[Run]:
     folder = Path(folder)
     found = [read_run(config.parent) for config in sorted(folder.glob("*/config.json"))]
     if not found:
-        raise RunError(f"{folder} holds no runs: train some with python train.py --study {folder}")
+        raise no_study(folder)
     return found
+
+
+def no_study(folder: Path) -> RunError:
+    """What to say where a study was expected."""
+    if (folder / "config.json").exists():
+        return RunError(f"{folder} is one run: name its study, {folder.parent}")
+    return RunError(f"{folder} {'holds no runs' if folder.is_dir() else 'is not there'}: train some with python train.py --study {folder}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"--{name} must be at least {low}, got {getattr(args, name)}")
     path = args.run if args.run.suffix == ".safetensors" else args.run / "model.safetensors"
     if not path.exists():
-        raise SystemExit(f"{path} does not exist: give a finished run's folder (python train.py makes one)")
+        raise SystemExit(f"{path} does not exist: give a finished run's folder (python train.py makes one; the repository keeps no weights)")
     try:
         model, metadata = load_model(path, args.device)
         if args.tokenizer not in (None, metadata["tokenizer"]):

@@ -21,7 +21,7 @@ from compare import (
     window_log_ratios, windows,
 )  # fmt: skip
 from report import alarms, describe, documents, floor_of, interval, p_value, plus_minus, short
-from runs import write_atomically
+from runs import MERGE_COLUMNS, Run, read_table, write_atomically
 from verdicts import ABSENT, NEEDED, verdicts
 
 BUDGET_NAMES = {"tokens": "total tokens (both directions)", "fw_tokens": "forward tokens", "steps": "optimiser steps", "seconds": "training seconds"}
@@ -229,8 +229,8 @@ def _figures(folder: Path, above: str) -> str:
 def _made(study: Study) -> str:
     runs = [run for by in (study.cells | study.limited).values() for seeds in by.values() for run in seeds.values()]
     lines = [f"python {command}" for command in sorted({run.config["command"] for run in runs if run.config.get("command")})]
-    lines += [f"python eval_layers.py {study.folder}"] * (any(len(run.layers) for run in runs) and not _fine_tuned(study))
-    lines += [f"python eval_context.py {study.folder}"] * any(study.folder.glob("*/context*.csv"))
+    lines += _measured(study.folder, "eval_layers.py", "layers") * (not _fine_tuned(study)) + _measured(study.folder, "eval_context.py", "context")
+    lines += _merged(study.folder, {run.name: run for run in runs})
     other = sorted({found[1] for path in study.folder.glob("figures/*.png") if (found := re.search(r"_p_bw-([\d.]+?)(?:_|\.png)", path.name))})
     lines += [f"python plot_results.py {study.folder}", *(f"python plot_results.py {study.folder} --p_bw {p_bw}" for p_bw in other)]
     lines += [f"python plot_results.py {study.folder} --report"]
@@ -244,6 +244,23 @@ def _made(study: Study) -> str:
         different = sorted({value for value in values if value})
         facts += [f"{name}: {'; '.join(different)}"] if different else []
     return _section("How it was made", "```bash\n" + "\n".join(lines) + "\n```", "\n".join(f"- {fact}" for fact in facts))
+
+
+def _measured(folder: Path, script: str, table: str) -> list[str]:
+    """The commands that wrote these tables of some of a study's runs: of their own text or another, of all windows or some."""
+    commands = set()
+    for path in folder.glob(f"*/{table}*.csv"):
+        text, windows = re.fullmatch(rf"{table}(?:_(?!\d+windows)(.+?))?(?:_(\d+)windows)?", path.stem).groups()
+        commands.add(f"python {script} {folder}" + (f" --data data/{text}" if text else "") + (f" --windows {windows}" if windows else ""))
+    return sorted(commands)
+
+
+def _merged(folder: Path, runs: dict[str, Run]) -> list[str]:
+    if not (folder / "merge.csv").exists():
+        return []
+    pairs = read_table(folder / "merge.csv", MERGE_COLUMNS)[["run_a", "run_b"]].drop_duplicates().to_numpy()
+    known = {(runs[a]["p_bw"], runs[b]["p_bw"]) for a, b in pairs if {a, b} <= runs.keys()}
+    return [f"python merge.py {folder} --p_bw {a:g} {b:g}" for a, b in sorted(known)]
 
 
 def _left_out(study: Study) -> str:

@@ -244,7 +244,7 @@ class Training:
         except Exception as error:  # a damaged archive fails in many ways, none of which the user can act on differently
             raise RunError(f"{path} is damaged ({type(error).__name__}): delete it to train this run from its start") from None
         # Older versions saved no rows; their table may have one that the state has still to reach.
-        rows = content["rows"] if "rows" in content else runs.read_rows(path.parent / "curve.csv", runs.CURVE_COLUMNS[:-1])
+        rows = content["rows"] if "rows" in content else runs.read_rows(path.parent / "curve.csv", runs.CURVE_COLUMNS)
         self.rows = [row for row in rows if int(row["step"]) < self.progress.step]
 
 

@@ -63,6 +63,8 @@ def open_trained(run: Run, device: str, data: str | None = None) -> Trained:
     if not own and val.meta["tokenizer"] != about["tokenizer"]:
         raise DataError(f"{val.folder} holds tokens of {val.meta['tokenizer']!r}, but {run.folder} was trained on those of {about['tokenizer']!r}: "
                         f"prepare the text with --tokenizer {about['tokenizer']}")  # fmt: skip
+    if not (run.folder / "model.safetensors").exists():
+        raise RunError(f"{run.folder} has its tables but no model.safetensors (the repository keeps no weights): train it again in another --study")
     if device == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda: torch sees no CUDA device here; use --device cpu")
     if device == "cpu":

@@ -22,7 +22,7 @@ if not __package__:
 import numpy as np
 import pandas as pd
 
-from drawing import COLOURS, new_figure, write_png
+from drawing import COLOURS, DASHES, new_figure, write_png
 from runs import RunError
 from stats import holm, mean_interval, paired_p, seeds_needed
 
@@ -191,11 +191,11 @@ def draw(table: pd.DataFrame, path: Path, differ: bool = False) -> bool:
         row[0].legend(fontsize=8, frameon=False)
         for ax in row[len(panels):]:
             ax.set_axis_off()
-    caption = "Dots: backbones trained from different seeds. Diamonds: mean and 95 % t-interval over them, where there are more than two."
+    caption = "Dots: backbones trained from different seeds. Large markers: mean and 95 % t-interval over them, where there are more than two."
     if differ:
         figure.suptitle(f"From a causal model to a text encoder: difference from {BASE} of the same seed", fontsize=11)
         caption = caption.replace("backbones trained from different seeds", "pairs of backbones, one per training seed")
-        caption += " Filled: zero is left out after Holm's correction over a row of panels. For a loss below 0 is better."
+        caption += " Filled: zero is left out after Holm's correction over a row of panels (never with one pair). For a loss below 0 is better."
     else:
         figure.suptitle("From a causal model to a text encoder", fontsize=11)
         caption += " Bars that overlap may hide a difference: the figure of differences compares seed by seed."
@@ -208,7 +208,8 @@ def panel(ax, panels: list[tuple[dict, dict]], number: int, differ: bool) -> Non
     measurement, ladder = panels[number]
     names, drawn = [name for name in systems(panels) if not differ or name != BASE], {}
     for place, name in enumerate(names):
-        colour, p = COLOURS[systems(panels).index(name) % len(COLOURS)], corrected(panels, name)
+        number_of, p = systems(panels).index(name), corrected(panels, name)
+        colour, marker, dash = COLOURS[number_of % len(COLOURS)], "Ds^ovPX"[number_of % 7], DASHES[number_of % len(DASHES)]
         values = [(at, stage, paired(found, name) if differ else found.get(name, pd.Series(dtype=float)).to_numpy())
                   for at, (stage, found) in enumerate(ladder.items())]  # fmt: skip
         points = [(at + 0.18 * (place - (len(names) - 1) / 2), stage, found) for at, stage, found in values if len(found)]
@@ -218,9 +219,9 @@ def panel(ax, panels: list[tuple[dict, dict]], number: int, differ: bool) -> Non
             reach = max(np.abs(found - mean).max(), half if len(found) > 2 else 0)
             drawn.setdefault(name, []).append((x, mean, reach))
             # two runs give an interval many times wider than the panel: the table has it, the dots say enough here
-            ax.errorbar([x], [mean], [half] if len(found) > 2 else None, color=colour, linewidth=1.2, capsize=2.5, marker="D", markersize=4.5,
+            ax.errorbar([x], [mean], [half] if len(found) > 2 else None, color=colour, linewidth=1.2, capsize=2.5, marker=marker, markersize=4.5,
                         markerfacecolor=colour if not differ or p[number, stage] < 0.05 else "white")  # fmt: skip
-        style = {"linestyle": "none" if differ else "-", "linewidth": 1.0, "marker": "D", "markersize": 4.5, "zorder": 1}
+        style = {"linestyle": "none" if differ else dash, "linewidth": 1.0, "marker": marker, "markersize": 4.5, "zorder": 1}
         ax.plot([x for x, _, _ in points], [mean_interval(found)[0] for _, _, found in points], color=colour, label=name, **style)
     if differ:
         ax.axhline(0, color="0.2", linewidth=0.9)

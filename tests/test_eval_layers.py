@@ -169,6 +169,13 @@ def test_tables_of_an_older_version_are_read_and_continued(corpus, tmp_path):
     assert list(layers.tokens.isna()) == [True, True, False, False] and list(layers.ablation) == ["cut", "cut", "drop", "drop"]
 
 
+def test_a_published_run_without_weights_is_named(corpus, tmp_path):
+    (folder,) = study_of(corpus, tmp_path, "--depth 1")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SystemExit, match="keeps no weights.*another --study"):
+        eval_layers.main([str(folder), "--device", "cpu"])
+
+
 def test_no_block_to_leave_out_and_no_gpu_are_sentences(corpus, tmp_path, capsys):
     (folder,) = study_of(corpus, tmp_path, "--depth 2")
     eval_layers.main([str(folder), "--device", "cpu", "--ablations", "block"])

@@ -184,6 +184,14 @@ def test_positions_by_kernel_are_exact_in_bf16_beyond_8192():
     assert (out - truth).norm() < 0.02 * truth.norm()
 
 
+def test_a_mask_of_ones_own_never_runs_as_the_causal_kernel(monkeypatch):
+    """Also when it belongs to a direction: only what the kernel can do goes there."""
+    monkeypatch.setitem(MASK_OF, "prefix", "none")
+    model, tokens = make("kernel", 2, slope=-8.0), torch.randint(0, 62, (1, 17))
+    assert torch.equal(model(tokens, "none"), make("plain", 2, slope=-8.0)(tokens, "none"))
+    assert not torch.equal(model(tokens, "none"), model(tokens, "causal"))
+
+
 def test_slopes_by_kernel_are_exact_at_full_length():
     """The slope as two more channels: in bf16 positions must stay exact up to 1024, where bf16 itself counts in fours."""
     config = GPTConfig(depth=1, width=64, vocab_size=64)

@@ -28,6 +28,19 @@ def plant_layers(folder, depth=4, windows=None, wrong=0.0):
     runs.write_table(folder / runs.table_name("similarity", windows=windows), similar, runs.SIMILARITY_COLUMNS)
 
 
+def test_the_readme_names_the_commands_that_measured(tmp_path):
+    from study_readme import _measured, _merged
+
+    a, b = plant(tmp_path, seed=0), plant(tmp_path, seed=0, p_bw=0.05)
+    for name in ("context.csv", "context_32windows.csv", "context_wikitext_32windows.csv", "context_my_text.csv"):
+        (a / name).touch()
+    assert _measured(tmp_path, "eval_context.py", "context") == sorted(f"python eval_context.py {tmp_path}{flags}" for flags in (
+        "", " --windows 32", " --data data/wikitext --windows 32", " --data data/my_text"))  # fmt: skip
+    row = dict.fromkeys(runs.MERGE_COLUMNS, 1.0) | {f"{d}_ppl": np.e for d in ("fw", "bw")}
+    runs.write_table(tmp_path / "merge.csv", [row | {"run_a": a.name, "run_b": b.name, "weight": w} for w in (0, 1)], runs.MERGE_COLUMNS)
+    assert _merged(tmp_path, {run.name: run for run in runs.read_study(tmp_path)}) == [f"python merge.py {tmp_path} --p_bw 0 0.05"]
+
+
 @pytest.fixture
 def captions(monkeypatch):
     """The captions of all figures that are drawn, by name."""

@@ -22,7 +22,7 @@ from study_readme import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 P5 = Variant("fw+bw", 0.05)
-OTHER_TABLES = {"blocks_angle", "blocks_influence", "context", "merge", "bw_by_size"}  # drawn from more than curves and layers of both directions
+OTHER_TABLES = {"blocks_angle", "blocks_influence", "context", "merge", "bw_by_size", "pareto"}  # drawn from more than curves and layers of both directions
 
 
 @pytest.fixture(autouse=True)
@@ -203,6 +203,23 @@ def test_windows_are_cut_on_the_axis_that_is_asked_for(tmp_path):
     assert compare.windows(terms, asked=(5, 20)) == {} == compare.windows(terms, asked=(0, 0.04))
 
 
+def test_runs_from_before_and_after_a_new_setting_are_never_mixed(tmp_path):
+    """Whoever adds a flag and trains on in an old study: nothing says what the old runs did."""
+    for seed in range(3):
+        plant(tmp_path, seed=seed, fw=2.0)
+        plant(tmp_path, seed=seed, fw=4.0, p_bw=0.05, optimizer="sgd")
+    study = load(tmp_path)
+    assert compare.ratio1(study, P5) == {}
+    assert sorted(cell.group.extras for cell in study.cells) == [(("optimizer", "not set"),), (("optimizer", "sgd"),)]
+
+
+def test_a_task_of_ones_own_is_not_taken_for_the_articles(tmp_path):
+    plant(tmp_path, fw=2.0)
+    plant(tmp_path, fw=2.1, task="prefix", p_bw=0.05)
+    study = load(tmp_path)
+    assert Variant("prefix", 0.05).label == "prefix, p_bw = 0.05" and choose(study) is None
+
+
 def test_flipped_and_differing_settings_are_never_mixed(tmp_path):
     plant_pairs(tmp_path, base=(2.0,), other=(1.0,))
     plant_pairs(tmp_path, base=(2.0,), other=(0.5,), bw_mask="flipped")
@@ -282,6 +299,17 @@ def test_every_figure_is_drawn(grid_study, name):
     for path in paths:
         assert path.parent == grid_study / "figures"
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 3000
+
+
+def test_pareto_needs_several_p_bw_or_sizes(tmp_path):
+    plant_pairs(tmp_path, (3.0, 3.1), (2.9, 3.1), (0, 1))
+    study = load(tmp_path)
+    assert plot_results.pareto(study) == [] and any("pareto" in note for note in study.notes)
+    for seed in (0, 1):
+        plant(tmp_path, seed=seed, fw=3.2, bw=3.5, p_bw=0.5)
+        plant(tmp_path, seed=seed, fw=9.0, bw=3.1, task="bw", p_bw=1.0)
+    (path,) = plot_results.pareto(load(tmp_path))
+    assert path.name == "pareto.png" and path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_command_draws_all_and_names_what_is_left_out(tmp_path, capsys):

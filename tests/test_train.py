@@ -334,6 +334,13 @@ def test_wrong_flags_are_named_with_their_range(wrong, sentence, capsys):
     assert __import__("re").search(sentence, capsys.readouterr().err)
 
 
+def test_a_misspelt_flag_is_one_line_that_names_the_right_one(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--pbw", "0.05"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--pbw: did you mean --p_bw?" in line
+
+
 @pytest.mark.parametrize("settings, flag", [(dict(epochs=None), "--epochs"), (dict(seq_len=2048), "--seq_len"), (dict(task="bw", tokens_fw=9.0), "--tokens_fw"),
                                             (dict(task="fw-or-bw", p_bw=1.0, tokens_fw=9.0), "--tokens_fw"), (dict(micro_batches=200.0), "--max_micro_batches")])
 def test_settings_that_contradict_each_other_are_named(settings, flag):
