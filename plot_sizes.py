@@ -80,8 +80,8 @@ def bw_by_size(study: Study, options: Options = Options()) -> list[Path]:
     for group in study.groups:
         lines = {v: {cell: terms for cell, terms in ratios.items() if cell.group == group} for v, ratios in trained.items()}
         lines = {v: cells for v, cells in lines.items() if cells}
-        if not lines:
-            study.note(f"bw by size, {study.heading(group)}: nothing to hold against bw only")
+        if sum(map(len, lines.values())) < 2:
+            study.note(f"bw by size, {study.heading(group)}: fewer than two sizes or p_bw have a partner in bw only")
             continue
         figure, [[ax]] = new_figure(1, 1, (7.6, 4.2))
         ax.axhline(1, color="0.5", linewidth=1)

@@ -183,7 +183,7 @@ def test_bw_against_bw_only_by_size(tmp_path, monkeypatch):
     assert [(value, text) for value, text, _ in drawn] == [(pytest.approx(1.5), "p_bw = 0.05: 1.500")]  # the largest size
     plant_pairs(tmp_path / "b", (2.0,), (1.0,))
     study = load(tmp_path / "b")
-    assert plot_results.bw_by_size(study) == [] and any("bw only" in note for note in study.notes)
+    assert plot_results.bw_by_size(study) == [] and any("partner in bw only" in note for note in study.notes)
 
 
 def test_windows_are_cut_on_the_axis_that_is_asked_for(tmp_path):
