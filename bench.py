@@ -44,6 +44,7 @@ from data.prepare import main as prepare
 from data.sources import local_splits
 from data.tokens import OfflineError
 from eval_layers import ablate
+from flags import Parser
 from gradients import HeadLoss
 from machine import choose_machine, provenance
 from model import GPT, GPTConfig, frame
@@ -350,7 +351,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
         return int(text)
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--depth", type=count, default=8)
     parser.add_argument("--width", type=count, default=384)
     parser.add_argument("--seq_len", type=count, help="tokens of a window (default: 512 on a CPU, 1024 on a GPU)")

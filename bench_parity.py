@@ -16,7 +16,6 @@ The result is one JSON file in results/bench/ and a table in its README, where a
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import itertools
 import shlex
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor
 
 import bench_report
+from flags import Parser
 from machine import choose_machine, provenance
 from model import MASK_OF, MASKS, GPT, GPTConfig, frame
 from recipe import Recipe, Settings, make_optimizer
@@ -142,7 +142,7 @@ def check(way: Way, lengths: tuple[int, ...]) -> Iterator[dict]:
 
 
 def main(argv: list[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help=f"tokens of a window (default: {' '.join(map(str, LENGTHS))})")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: all that are here")
     parser.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="auto: both")

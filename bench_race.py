@@ -32,6 +32,7 @@ import torch.nn.functional as F
 import bench_report
 from bench_peers import hlb_module
 from data.tokens import DataError, OfflineError, find_folder, open_tokens, validation_windows
+from flags import Parser
 from machine import choose_machine, provenance
 from model import GPT, GPTConfig, padded_vocab_size
 from recipe import Recipe, Settings, resolve
@@ -98,7 +99,7 @@ def finish(ours: list[dict], theirs: list[dict]) -> dict:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--data", required=True, help="a prepared token folder; GPT-2's tokens")
     parser.add_argument("--peers", type=Path, required=True, help="folder with a clone of hlb-gpt")
     for name, default, text in (("depth", 8, "blocks"), ("width", 384, "channels"), ("max_seq_len", 1024, "longest window"),

@@ -24,7 +24,6 @@ end-of-text token; a text without any is one document.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 
 import numpy as np
@@ -33,6 +32,7 @@ from tqdm import tqdm
 
 import runs
 from data.tokens import DataError, Tokens
+from flags import Parser
 from model import GPT, frame
 from runs import RunError
 from trained import Trained, add_run_flags, finished, open_trained
@@ -104,7 +104,7 @@ def evaluate_run(run: runs.Run, device: str, batch_tokens: int, data: str | None
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add_run_flags(parser)
     parser.add_argument("--data", help="a token folder whose validation split is measured instead of the run's own")
     args = parser.parse_args(argv)

@@ -21,7 +21,6 @@ around the block of n layers from l on, averaged over all scored positions, not 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 
 import torch
@@ -31,6 +30,7 @@ from tqdm import tqdm
 
 import runs
 from data.tokens import Tokens, num_scored, validation_windows
+from flags import Parser
 from model import GPT, evaluate
 from runs import RunError
 from trained import add_run_flags, finished, open_trained
@@ -125,7 +125,7 @@ def evaluate_run(run: runs.Run, ablations: list[str], device: str, batch_tokens:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add_run_flags(parser)
     parser.add_argument("--ablations", nargs="+", choices=ABLATIONS, default=list(ABLATIONS))
     args = parser.parse_args(argv)

@@ -22,6 +22,9 @@ def Option(default: Any, help: str, low: float | None = None, high: float | None
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without forty of usage, and which flag may have been meant."""
 
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
     def error(self, message: str) -> typing.NoReturn:
         known = [flag for action in self._actions for flag in action.option_strings]
         wrong = [word for word in message.split() if word.startswith("--")] if message.startswith("unrecognized") else []
@@ -34,7 +37,7 @@ def parse_grid(settings_class: type, description: str, argv: list[str] | None = 
 
     The last flag's values vary fastest. A wrong flag or value ends the program with a sentence naming flag and range.
     """
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description)
     hints = typing.get_type_hints(settings_class)
     for field in dataclasses.fields(settings_class):
         default = NONE if field.default is None else field.default

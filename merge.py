@@ -10,7 +10,6 @@ are replaced. Runs of one seed share their initial weights, without which there 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 import runs
+from flags import Parser
 from model import GPT, evaluate
 from recipe import OPERATIONAL
 from runs import RunError
@@ -72,7 +72,7 @@ def pairs(study: Path, p_bw: tuple[float, float]) -> list[tuple[Path, Path]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="two runs, or a study")
     parser.add_argument("--p_bw", nargs=2, type=float, default=(0, 0.05), metavar=("A", "B"), help="of a study's pairs [default 0 0.05]")
     parser.add_argument("--points", type=int, default=11, help="models on the line, both ends included [at least 2; default 11]")

@@ -27,6 +27,7 @@ from drawing import (
     COLOURS, DASHES, METRIC_LABELS, UNITS, X_LABELS, Options, by_group, label_ends, meaning, new_figure, pick,
     plain_log_axis, runs_of, save, smoothed, variant_colours,
 )  # fmt: skip
+from flags import Parser
 from plot_blocks import blocks_angle, blocks_drop, blocks_influence
 from plot_context import context
 from plot_layers import layers_cut, layers_drop, layers_drop_ratio1, layers_drop_ratio2, layers_ratio1, layers_ratio2
@@ -211,7 +212,7 @@ FIGURES: dict[str, Callable[[Study, Options], list[Path]]] = {
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description="Draw every figure that a study's tables allow.")
+    p = Parser("Draw every figure that a study's tables allow.")
     p.add_argument("study", nargs="*", help="study folders (default: every study under results/)")
     names = list(FIGURES)
     p.add_argument("--figure", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {', '.join(names)}")

@@ -69,7 +69,7 @@ class Settings:
     weight_decay: float | None = Option(None, "of the matrices; none: grows as the loss falls, 16 / B^loss", 0)
     # Measuring and machine: none of these changes what is learned
     study: str = Option("results/runs", "folder that holds the runs")
-    eval_every: int | None = Option(50, "steps between evaluations", 1)
+    eval_every: int | None = Option(50, "steps between evaluations, and so between checkpoints", 1)
     eval_epochs: float | None = Option(0.25, "evaluate at least this often; late steps of the recipe are long", 0.0001)
     device: str = Option("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
     dtype: str = Option("auto", "of weights and activations; auto: bfloat16 where the machine multiplies it fast", choices=("auto", "float32", "bfloat16"))

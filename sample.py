@@ -10,13 +10,13 @@ cost grows with the length of the text before it, not with its square.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from data.tokens import OfflineError, load_tokenizer
+from flags import Parser
 from model import GPT, load_model
 
 
@@ -58,7 +58,7 @@ def continue_tokens(model: GPT, prompt: list[int], direction: str, length: int, 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path, help="a run's folder, or a model.safetensors")
     parser.add_argument("--prompt", default="", help="the text to continue; empty: from the direction token alone")
     parser.add_argument("--direction", choices=("fw", "bw"), default="fw")

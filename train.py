@@ -299,7 +299,7 @@ HEADER = "    step   epoch   tokens   fw loss  fw acc   bw loss  bw acc    tok/s
 
 def format_row(row: dict) -> str:
     return (
-        f"{row['step']:8d} {row['epoch']:7.2f} {row['tokens_total'] / 1e6:7.1f}M {row['fw_loss']:9.4f} {row['fw_acc']:7.3f} "
+        f"{row['step']:8d} {row['epoch']:7.2f} {row['tokens_total'] / 1e6:7.2f}M {row['fw_loss']:9.4f} {row['fw_acc']:7.3f} "
         f"{row['bw_loss']:9.4f} {row['bw_acc']:7.3f} {row['tokens_total'] / max(row['seconds'], 1e-9):8.0f}"
     )
 

@@ -33,6 +33,7 @@ if not __package__:                         # run as a script: the project's roo
 from data.encode import workers, write_tokens  # noqa: E402
 from data.sources import local_splits, read_hub  # noqa: E402
 from data.tokens import DataError, OfflineError, load_tokenizer  # noqa: E402
+from flags import Parser  # noqa: E402
 
 HUB = {"wikitext-103": "wikitext-103-raw-v1", "wikitext-2": "wikitext-2-raw-v1"}       # our name -> configuration
 HUB_SPLITS = {"train": "train", "val": "validation"}
@@ -124,7 +125,7 @@ def report(meta: dict, args: argparse.Namespace, out: Path) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("source", metavar="NAME_OR_PATH",
                         help="toyworld, wikitext-2, wikitext-103, or a file or folder")
     parser.add_argument("--out", type=Path, help="folder to write (default: data/<name> of this project)")

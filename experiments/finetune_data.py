@@ -9,7 +9,6 @@ A document is encoded whole, which holds it in memory; a .txt is one document.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import hashlib
 import json
@@ -30,6 +29,7 @@ from data.prepare import check_out, replaced_folder
 from data.sources import local_splits
 from data.tokens import DTYPES, DataError, OfflineError, load_tokenizer
 from experiments.backbone import BackboneError, find_hugging_face, open_tokenizer
+from flags import Parser
 
 # Two tokenizers that agree on this agree, for all that is likely, on everything: several scripts, numbers, white space.
 PROBE = ("The 1,984 naïve cafés' façades weren't re-opened;  in Zürich, Ελλάδα and 東京 they'd cost $12.50\n\n"
@@ -103,7 +103,7 @@ def prepare(source: str, tokenizer, name: str, out: Path, text_field: str = "tex
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("source", help="a file or folder of text")
     parser.add_argument("--model", required=True, help="whose tokenizer: a Hugging Face causal LM by local folder or hub name")
     parser.add_argument("--out", required=True, type=Path, help="folder to write")

@@ -11,7 +11,6 @@ these pairs, p-values are Holm's over the rows of a table.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from drawing import COLOURS, DASHES, new_figure, write_png
+from flags import Parser
 from runs import RunError
 from stats import holm, mean_interval, paired_p, seeds_needed
 
@@ -252,7 +252,7 @@ def limit(ax, drawn: dict[str, list[tuple[float, float, float]]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("scores", nargs="?", type=Path, default=Path("results/text-encoder/scores.csv"))
     args = parser.parse_args(argv)
     try:

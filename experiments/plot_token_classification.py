@@ -12,7 +12,6 @@ seeds as units.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections import Counter
@@ -27,6 +26,7 @@ import pandas as pd
 
 from compare import mean_interval
 from drawing import COLOURS, DASHES, new_figure, write_png
+from flags import Parser
 from runs import RunError, read_config
 
 # What must agree for rows to be one setting; systems of a setting are compared with each other.
@@ -238,7 +238,7 @@ def draw_few_shot(sampled: pd.DataFrame, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("scores", nargs="?", type=Path, default=Path("results/token-classification/scores.csv"))
     args = parser.parse_args(argv)
     try:
