@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.ticker import NullLocator
 
-from cells import BW_ONLY, FW_ONLY, Study, variants
+from cells import BW_ONLY, FW_ONLY, Cell, Study, variants
 from compare import ORDER_WORDS, ORDERS, Ratios, average, bw_against_bw_only, final_ratio, log_ratios, ratio_curve, window_log_ratios, windows
 from drawing import (
     METRIC_LABELS, PALE, Options, by_group, coloured_cells, holds_one, label_ends, meaning, new_figure, pick, plain_log_axis, runs_of, save,
@@ -87,21 +87,9 @@ def bw_by_size(study: Study, options: Options = Options()) -> list[Path]:
         ax.axhline(1, color="0.5", linewidth=1)
         labels, colours = [], variant_colours(study)
         for number, (variant, cells) in enumerate(lines.items()):
-            aside = 1.012 ** (number - (len(lines) - 1) / 2)  # intervals of one size beside each other
-            ratio, low, high = zip(*(paired_interval(log_ratios(terms)) for terms in cells.values()))
-            params = np.array([cell.params for cell in cells]) * aside
-            for x, terms in zip(params, cells.values()):
-                ax.plot(np.full(len(terms), x), np.exp(log_ratios(terms)), "o", color=colours[variant], markersize=2.5, alpha=0.5, markeredgewidth=0)
-            ax.errorbar(params, ratio, np.nan_to_num([np.subtract(ratio, low), np.subtract(high, ratio)]), color=colours[variant],
-                        linewidth=1.5, marker="o", markersize=4, capsize=2, elinewidth=0.8)  # fmt: skip
-            labels.append((ratio[-1], f"{variant.label}: {ratio[-1]:.3f}", colours[variant]))
-        ax.set_xscale("log")
-        ax.set_yscale("log")
-        plain_log_axis(ax.yaxis)
-        sizes = sorted({cell for cells in lines.values() for cell in cells}, key=lambda cell: cell.params)
-        ax.set_xticks([cell.params for cell in sizes], [f"{cell.label}\n{short(cell.params)}" for cell in sizes], fontsize=7)
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.set_xlabel("size, parameters", fontsize=8)
+            last = _size_line(ax, cells, 1.012 ** (number - (len(lines) - 1) / 2), colours[variant])  # intervals of one size beside each other
+            labels.append((last, f"{variant.label}: {last:.3f}", colours[variant]))
+        _size_axis(ax, sorted({cell for cells in lines.values() for cell in cells}, key=lambda cell: cell.params))
         ax.set_ylabel("bw loss / bw loss of bw only", fontsize=8)
         label_ends(ax, labels)
         caption = f"1: bw is learned as well as by a model that learns nothing else. At equal {options.equal}, paired by seed. Small: each seed; "
@@ -109,6 +97,26 @@ def bw_by_size(study: Study, options: Options = Options()) -> list[Path]:
         title = f"How well bw is learned beside fw, by size, {study.heading(group)}"
         paths.append(save(study, figure, group, "bw_by_size" + options.tag(), title, caption))
     return paths
+
+
+def _size_line(ax, cells: Ratios, aside: float, colour: str) -> float:
+    """Seeds, geometric means and intervals over parameters (times `aside`); returns the largest size's mean."""
+    ratio, low, high = zip(*(paired_interval(log_ratios(terms)) for terms in cells.values()))
+    params = np.array([cell.params for cell in cells]) * aside
+    for x, terms in zip(params, cells.values()):
+        ax.plot(np.full(len(terms), x), np.exp(log_ratios(terms)), "o", color=colour, markersize=2.5, alpha=0.5, markeredgewidth=0)
+    reach = np.nan_to_num([np.subtract(ratio, low), np.subtract(high, ratio)])
+    ax.errorbar(params, ratio, reach, color=colour, linewidth=1.5, marker="o", markersize=4, capsize=2, elinewidth=0.8)
+    return ratio[-1]
+
+
+def _size_axis(ax, sizes: list[Cell]) -> None:
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    plain_log_axis(ax.yaxis)
+    ax.set_xticks([cell.params for cell in sizes], [f"{cell.label}\n{short(cell.params)}" for cell in sizes], fontsize=7)
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("size, parameters", fontsize=8)
 
 
 class Place(NamedTuple):
