@@ -19,7 +19,7 @@ demo: .venv/installed
 	$(PY) plot_results.py $(STUDY)
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
 
 .venv/installed: requirements.txt $(wildcard experiments/requirements.txt)
 	$(PYTHON) -m venv .venv

@@ -129,12 +129,12 @@ def plain_losses(mask: str, length: int, max_seq_len: int) -> list[float]:
     return losses(PLAIN.model(max_seq_len), mask, length)
 
 
-def check(way: Way, lengths: tuple[int, ...]) -> Iterator[dict]:
+def check(way: Way, lengths: tuple[int, ...], masks: tuple[str, ...] = MASKS) -> Iterator[dict]:
     """A row per mask and length: the way, "mask", "length", "hidden", "mirror" (None but for bw), "steps", "last_loss"."""
     longest = max(lengths)
     model = way.model(longest)
     untrained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for mask, length in itertools.product(MASKS, lengths):
+    for mask, length in itertools.product(masks, lengths):
         model.load_state_dict(untrained)
         row = {"hidden": hidden_gradient(model, mask, length), "mirror": mirror_difference(model, length) if mask == MASK_OF["bw"] else None}
         ours, truth = losses(model, mask, length), plain_losses(mask, length, longest)

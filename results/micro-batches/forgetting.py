@@ -2,7 +2,8 @@
 
 A run's draws depend on its seed alone, so the steps at which it learned backward are known afterwards. For every evaluation
 of runs with p_bw = 0.05 and one micro-batch per step: bw loss over the mean of its size at this evaluation, by the steps
-since the last backward pass.
+since the last backward pass; and the slope of its logarithm over the logarithm of these steps, mean over seeds. The sizes
+of one seed share their draws: the last column counts different draws.
 """
 
 import sys
@@ -13,6 +14,7 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 
 from recipe import draw  # noqa: E402
+from report import plus_minus  # noqa: E402
 from runs import read_study  # noqa: E402
 
 BINS = (0, 5, 10, 20, 40, np.inf)
@@ -30,7 +32,7 @@ for study in sys.argv[1:]:
     table = table[table["number"] > 0]  # the first evaluation: little is learned that could be forgotten
     table["log"] -= table.groupby(["depth", "width", "number"])["log"].transform("mean")
     table["steps since the last bw pass"] = pd.cut(table["since"], BINS, labels=["1 to 5", "6 to 10", "11 to 20", "21 to 40", "more"])
-    found = table.groupby("steps since the last bw pass", observed=True)["log"].agg(["mean", "count"])
-    print(study, f"{table['seed'].nunique()} seeds", sep=", ")
-    for name, (mean, count) in found.iterrows():
-        print(f"| {name} | {np.exp(mean):.3f} | {count:.0f} |")
+    slopes = [np.polyfit(np.log(some["since"]), some["log"], 1)[0] for _, some in table.groupby("seed")]
+    print(study, f"{len(slopes)} seeds", f"slope {plus_minus(slopes, 3)}", sep=", ")
+    for name, some in table.groupby("steps since the last bw pass", observed=True):
+        print(f"| {name} | {np.exp(some['log'].mean()):.3f} | {len(some)} | {len(some[['seed', 'number']].drop_duplicates())} |")
