@@ -176,7 +176,7 @@ def save(study: Study, figure: Figure, group: Group, name: str, title: str, capt
     """Adds title and caption, and writes the PNG. The group goes into the name where a study has several."""
     figure.suptitle(title, fontsize=11)
     width = figure.get_size_inches()[0]
-    caption = f"Study {study.folder.name}. {caption}"
+    caption = f"Study {'/'.join(part for part in study.folder.parts[-2:] if part != 'results')}. {caption}"
     caption = textwrap.fill(caption.replace(" = ", "\u00a0=\u00a0"), int(width * 19))  # never breaks "p_bw = 0.05"
     figure.text(0.01, -0.01, caption, fontsize=7, color="0.3", va="top")
     first = study.groups[0] if study.groups[0].bw_mask == "anticausal" else None
