@@ -309,7 +309,7 @@ class GPT(nn.Module):
         """hidden (B, T, D) after the final norm, targets (B, T) -> per-token loss (B, T) in nats, top-1 hit (B, T)."""
         losses, hits = [], []
         for x, y in zip(hidden.flatten(0, 1).split(HeadLoss.CHUNK), targets.reshape(-1, 1).split(HeadLoss.CHUNK)):
-            for some, _ in parts(F.linear(x, self.head), y, self.compiled):
+            for some in parts(F.linear(x, self.head), y, self.compiled):
                 loss, hit = self.softmax_loss(*some)
                 losses.append(loss)
                 hits.append(hit)
