@@ -2,6 +2,7 @@
 
     python bench.py                                     # 8 x 384 in full, steps of 4 x 512 tokens (a GPU: 32 x 1024)
     python bench.py --all --peers ../peers --text DIR   # everything: other sizes, lengths 32..4096, peers, prepare.py
+    python bench.py --sweep sizes                       # a part of --all: where a call must not take long
     python bench.py --report                            # only the tables and the figure, from the files already there
 
 - writes one JSON file per run into results/bench/, then speed.png and the tables of README.md (bench_report.py)
@@ -31,23 +32,22 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch.nn.attention import _cur_sdpa_kernel_backends
 
 import bench_peers
 import bench_report
+from bench_work import Reference, flops, keep_bf16_attention, large_product, matrix_products
 from data.encode import tokenizer_of
 from data.prepare import main as prepare
 from data.sources import local_splits
 from data.tokens import OfflineError
 from eval_layers import ablate
 from flags import Parser
-from gradients import HeadLoss
 from machine import choose_machine, provenance
-from model import GPT, GPTConfig, frame
 from recipe import Settings, resolve
 from runs import RunError, write_json
 from train import Training
@@ -81,94 +81,8 @@ class Case:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The reference: the same model, computed plainly
+# Measuring
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=2)
-def square(mask: str, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Distances, visibility and -inf, each (T, T): prepared once, as hlb-gpt does."""
-    i, j = torch.arange(length, device=device)[:, None], torch.arange(length, device=device)
-    distance, visible = (j - i, j <= i) if mask == "causal" else (i - j, j >= i)
-    return distance.to(dtype), visible, torch.full((length, length), -math.inf, device=device, dtype=dtype)
-
-
-def reference_loss(model: GPT, windows: Tensor, direction: str) -> Tensor:
-    """The loss of `GPT.loss` with a mask tensor in every block, one wide head, all logits at once, and no compiler."""
-    inputs, targets = frame(windows, direction, model.config.vocab_size)
-    D, qk_dim, inner = model.config.width, model.blocks[0].qk_dim, model.blocks[0].inner
-    x = F.embedding(inputs, model.embedding, scale_grad_by_freq=True)
-    for block in model.blocks:
-        distance, visible, minus_infinity = square("causal" if direction == "fw" else "anticausal", inputs.shape[1], x.device, x.dtype)
-        bias = torch.where(visible, F.softplus(block.slope) * distance, minus_infinity)
-        query, key, linear, gate = F.linear(block.norm(x), block.expand).split((qk_dim, qk_dim, inner, inner), -1)
-        local, value = (linear * F.gelu(gate)).split((inner - D, D), -1)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        x = x + F.linear(torch.cat([local, attended], -1), block.project)
-    return F.cross_entropy(F.linear(model.norm(x), model.head).flatten(0, 1), targets.flatten())
-
-
-class Reference(Training):
-    """The same training step around the reference's loss."""
-
-    def one_pass(self, windows: Tensor, direction: str, share: float) -> Tensor:
-        loss = reference_loss(self.model, windows, direction)
-        (loss * share).backward()
-        return torch.stack([loss.detach().float(), torch.zeros((), device=self.device)])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What there is to compute
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def flops(config: GPTConfig, batch: int, seq_len: int) -> int:
-    """FLOPs of one training pass: 6 x parameters of the matrices, head included, x tokens, and causal attention.
-
-    Attention: 2 x (query + value channels) for each of the T (T + 1) / 2 visible pairs of a block, three times (forward,
-    gradients of both factors). What is recomputed, masked out or element-wise does not count.
-    """
-    D, inner, qk_dim = config.width, config.expand * config.width, config.width // config.qk_div
-    matrices = config.depth * (D * (2 * qk_dim + 2 * inner) + inner * D) + D * config.vocab_size
-    attention = config.depth * 3 * 2 * (qk_dim + D) * batch * seq_len * (seq_len + 1) // 2
-    return 6 * matrices * batch * seq_len + attention
-
-
-def matrix_products(config: GPTConfig, batch: int, seq_len: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
-    """A function that computes the matrix products of one training pass, and nothing else, into memory at hand.
-
-    A layer (N, in) x (in, out) takes three: the output and the gradients of input and weight. Attention is computed
-    unmasked, as the formula has it. The head goes in the chunks in which HeadLoss computes it.
-    """
-    D, inner, qk_dim, tokens = config.width, config.expand * config.width, config.width // config.qk_div, batch * seq_len
-    pieces = [min(HeadLoss.CHUNK, tokens - start) for start in range(0, tokens, HeadLoss.CHUNK)]
-    layers = [(tokens, D, 2 * qk_dim + 2 * inner), (tokens, inner, D)] * config.depth + [(n, D, config.vocab_size) for n in pieces]
-
-    def tensor(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device).to(dtype)
-
-    def triple(left: Tensor, right: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """left @ right and its two gradients, as (factor, factor, result)."""
-        out = left @ right
-        return [(left, right, out), (out, right.mT, torch.empty_like(left)), (left.mT, out, tensor(*right.shape))]
-
-    attention = [(batch, seq_len, qk_dim, seq_len), (batch, seq_len, seq_len, D)]
-    shapes = {shape: triple(tensor(shape[0], shape[1]), tensor(shape[2], shape[1]).mT) for shape in set(layers)}
-    shapes |= {shape: triple(tensor(*shape[:-2], shape[-2]), tensor(*shape[:-3], shape[-2], shape[-1])) for shape in attention}
-    work = [product for shape in layers + attention * config.depth for product in shapes[shape]]
-
-    def run() -> None:
-        for left, right, out in work:
-            torch.matmul(left, right, out=out)
-
-    return run
-
-
-def large_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], None], int]:
-    """A matrix product large enough to reach the machine's peak, and its FLOPs."""
-    n = 8192 if device.type == "cuda" else 2048
-    left, right, out = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
-    return lambda: torch.mm(left, right, out=out), 2 * n**3
 
 
 def made_up_data(folder: Path, case: Case) -> Path:
@@ -180,11 +94,6 @@ def made_up_data(folder: Path, case: Case) -> Path:
         splits[name] = {"file": f"{name}.bin", "tokens": size + 1, "sha256": None}
     write_json(folder / "meta.json", {"name": "made up", "vocab_size": case.vocab_size, "dtype": "uint16", "splits": splits})
     return folder
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def wait(device: torch.device) -> None:
@@ -213,13 +122,15 @@ def medians(work: dict[str, Callable[[], object]], repeats: int, device: torch.d
     return {name: {"ms": statistics.median(values), "low": min(values), "high": max(values)} for name, values in times.items()}
 
 
-def idle_share(step: Callable[[], None], steps: int = 20) -> float:
+def idle_share(step: Callable[[], None], steps: int = 100) -> float:
     """The share of the time in which a CUDA device had nothing to do, from a profile of some training steps."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(steps):
-            step()
-        torch.cuda.synchronize()
-    spans = sorted((e.time_range.start, e.time_range.end) for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    for count in (1, steps):  # the first profile of a process starts slowly
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(count):
+                step()
+            torch.cuda.synchronize()
+    work = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+    spans = sorted((e.time_range.start, e.time_range.end) for e in work)
     busy, reached = 0.0, spans[0][0]
     for start, end in spans:
         busy += max(0.0, end - max(start, reached))
@@ -240,6 +151,7 @@ def peak_memory(device: torch.device) -> float:
 def first_steps(case: Case, data: str, reference: bool) -> dict[str, float]:
     """In a fresh process: seconds to the first step and to the first ones that are longer or go backward; peak MB."""
     device, dtype, compiled, _ = choose_machine(case.settings(data))
+    keep_bf16_attention()
     torch.ones(1, device=device)  # the driver's start is not the program's
     base, seconds, start = peak_memory(device), {}, time.perf_counter()
     training = (Reference if reference else Training)(case.settings(data), device, dtype, compiled and not reference)
@@ -256,6 +168,7 @@ def steady_state(case: Case, data: str, full: bool) -> dict:
     """In a fresh process: all that is timed in repeats. A point of a sweep times the step and the reference only."""
     settings = case.settings(data)
     device, dtype, compiled, machine = choose_machine(settings)
+    keep_bf16_attention()
     training, reference = Training(settings, device, dtype, compiled), Reference(settings, device, dtype, compiled=False)
 
     def step(task: str) -> None:
@@ -270,14 +183,15 @@ def steady_state(case: Case, data: str, full: bool) -> dict:
         work["evaluation"] = training.evaluate
         work["cuts"] = lambda: ablate(training.model, training.val_tokens, ["cut"])
         work["loading"] = lambda: training.windows.next(case.batch, case.seq_len)
-    if case.peers:
-        work |= bench_peers.steps(Path(case.peers), case, training.train_tokens.data, device, dtype, compiled)
+    peers, lost = bench_peers.steps(Path(case.peers), case, training.train_tokens.data, device, dtype, compiled) if case.peers else ({}, {})
+    work |= peers
     times = medians(work, case.repeats, device)
     return {
         **asdict(case), "full": full, "params": training.model.num_params(), "flops": flops(training.model.config, case.batch, case.seq_len),
         "peak_flops_per_s": 1000 * product_flops / times["peak"]["low"], "times": times,
         "idle": idle_share(functools.partial(step, "fw")) if full and device.type == "cuda" else None,
-        "device": device.type, "dtype": str(dtype)[6:], "compiled": compiled, "machine": machine,
+        "device": device.type, "dtype": str(dtype)[6:], "compiled": compiled, "machine": machine, "peers_failed": lost,
+        "sdpa": [kernel.name for kernel in _cur_sdpa_kernel_backends(with_priority=True)] if device.type == "cuda" else None,
         "load": os.getloadavg()[0], "cores": os.cpu_count(), **{name: x for name, x in provenance().items() if name in ("versions", "git_commit")},
     }  # fmt: skip
 
@@ -289,19 +203,19 @@ def in_fresh_process(function: Callable[..., dict], *args) -> dict:
 
 def measure(case: Case, full: bool) -> dict:
     """One point: {..., "times", "first_steps"}; {"failed": why} where the machine could not do it."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder) / "compiled")  # cold, and then warm for the steady state
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a compiler may still be writing
+        # Where first steps are timed the compiler's cache is cold for them, and then warm for the steady state.
+        cache = {"TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "compiled")} if full else {}
         data = str(made_up_data(Path(folder) / "data", case))
         try:
-            first = {"ours": in_fresh_process(first_steps, case, data, False)} if full else {}
-            point = in_fresh_process(steady_state, case, data, full)
-            if full:
-                first["reference"] = in_fresh_process(first_steps, case, data, True)
+            with patch.dict(os.environ, cache):
+                first = {"ours": in_fresh_process(first_steps, case, data, False)} if full else {}
+                point = in_fresh_process(steady_state, case, data, full)
+                if full:
+                    first["reference"] = in_fresh_process(first_steps, case, data, True)
             return point | {"first_steps": first}
-        except (RuntimeError, BrokenProcessPool) as error:  # out of memory ends in one of the two
-            return asdict(case) | {"full": full, "failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-        finally:
-            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        except Exception as error:  # out of memory, or what nobody thought of: the other points are worth having
+            return asdict(case) | {"full": full, "failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
 
 
 def measure_prepare(text: Path, megabytes: int = 200) -> dict[str, float]:
@@ -333,15 +247,14 @@ def cases(args: argparse.Namespace, kind: str) -> Iterator[tuple[Case, bool]]:
     """What to measure, and whether in full; the largest models last, so that what fails there costs nothing else."""
     seq_len, batch = args.seq_len or {"cpu": 512, "cuda": 1024}[kind], args.batch or {"cpu": 4, "cuda": 32}[kind]
     case = Case(args.depth, args.width, seq_len, batch, args.repeats, args.device, args.dtype, args.compile, args.vocab_size, args.peers)
-    yield case, True
-    if not args.all:
-        return
+    if not args.sweep:
+        yield case, True
     for length in LENGTHS:
-        if length != seq_len:
+        if (args.all or args.sweep == "lengths") and length != seq_len:
             yield replace(case, seq_len=length, batch=max(1, batch * seq_len // length), peers=None), False
     for depth, width in SIZES[kind]:
-        if (depth, width) != (args.depth, args.width):
-            full = (depth, width) in FULL[kind]
+        full = (depth, width) in FULL[kind]
+        if (args.all or (args.sweep == "sizes" and not full)) and (depth, width) != (args.depth, args.width):
             yield replace(case, depth=depth, width=width, peers=args.peers if full else None), full
 
 
@@ -358,6 +271,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=count, help="windows per step (default: 4 on a CPU, 32 on a GPU)")
     parser.add_argument("--repeats", type=count, default=5, help="of every timing, each at least 0.2 s (default: 5)")
     parser.add_argument("--all", action="store_true", help="other sizes and lengths too")
+    parser.add_argument("--sweep", choices=("lengths", "sizes"), help="of --all this sweep alone, without the sizes that are measured in full")
     parser.add_argument("--peers", help="folder with clones of hlb-gpt and nanoGPT, whose own code is timed too")
     parser.add_argument("--text", type=Path, help="text to measure data/prepare.py with, as it takes it")
     for name, choices in (("device", ("cpu", "cuda")), ("dtype", ("float32", "bfloat16")), ("compile", ("on", "off"))):
@@ -374,6 +288,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace, command: str) -> Path:
     """Measures, and writes the run's file anew after every point. Returns its path."""
     device, _, _, machine = choose_machine(Settings(device=args.device, dtype=args.dtype, compile=args.compile))
+    if args.peers:
+        bench_peers.find(Path(args.peers))  # now, not after minutes
     name = re.sub(r"\W+", "-", machine.split(",")[0]).strip("-").lower()
     path = args.out / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}_{name}.json"
     content = {"date": datetime.date.today().isoformat(), "command": command, "machine": machine, "device": device.type, "points": []}

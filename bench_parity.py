@@ -56,7 +56,11 @@ class Way:
             for block in model.blocks:
                 block.slope.fill_(-8.0)
         model.to(self.device, getattr(torch, self.dtype))
-        return model.compile_parts() if self.compile == "on" else model
+        if self.compile == "off":
+            return model
+        torch.compiler.reset()  # the graphs of other ways count towards torch's limit, past which nothing would be compiled
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        return model.compile_parts()
 
 
 PLAIN = Way("cpu", "float32", "plain", "off")
@@ -155,12 +159,12 @@ def main(argv: list[str] | None = None) -> Path:
     rows = []
     try:
         device, _, _, machine = choose_machine(Settings(device=args.device))
-        for way in ways:
-            rows += check(way, tuple(args.lengths))
-            print(bench_report.parity_words(asdict(way), rows), flush=True)
         path = args.out / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}_parity.json"
         command = shlex.join(["python", "bench_parity.py", *(sys.argv[1:] if argv is None else argv)])
-        write_json(path, provenance() | {"command": command, "machine": machine, "device": device.type, "points": [], "parity": rows})
+        for way in ways:
+            rows += check(way, tuple(args.lengths))
+            write_json(path, provenance() | {"command": command, "machine": machine, "device": device.type, "points": [], "parity": rows})
+            print(bench_report.parity_words(asdict(way), rows), flush=True)
         with suppress(RunError):  # a folder without a measurement of speed has no figure
             bench_report.write(args.out)
     except (RunError, ValueError, OSError) as error:

@@ -23,14 +23,25 @@ import torch
 Step = Callable[[], None]
 
 
-def steps(folder: Path, case, tokens: np.ndarray, device: torch.device, dtype: torch.dtype, compiled: bool) -> dict[str, Step]:
-    """{name: training step} of the peers in `folder`, at the case's depth, width and batch. ValueError if there is none."""
-    found = {"hlb-gpt": folder / "hlb-gpt" / "main.py", "nanoGPT": folder / "nanoGPT" / "model.py"}
-    makers = {"hlb-gpt": hlb_gpt, "nanoGPT": nanogpt}
-    if not any(path.exists() for path in found.values()):
-        raise ValueError(f"--peers {folder}: neither {' nor '.join(map(str, found.values()))} exists; bench_peers.py says how to get them")
-    tokens = torch.from_numpy(np.asarray(tokens).astype(np.int32)).to(device)
-    return {name: makers[name](path, case, tokens, device, dtype, compiled) for name, path in found.items() if path.exists()}
+def find(folder: Path) -> dict[str, Path]:
+    """{name: file} of the peers in `folder`. ValueError if there is none."""
+    files = {"hlb-gpt": folder / "hlb-gpt" / "main.py", "nanoGPT": folder / "nanoGPT" / "model.py"}
+    if not any(path.exists() for path in files.values()):
+        raise ValueError(f"--peers {folder}: neither {' nor '.join(map(str, files.values()))} exists; bench_peers.py says how to get them")
+    return {name: path for name, path in files.items() if path.exists()}
+
+
+def steps(folder: Path, case, tokens: np.ndarray, device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[dict[str, Step], dict[str, str]]:
+    """{name: training step} of the peers in `folder`, at the case's depth, width and batch; and {name: why} of those that fail."""
+    tokens, working, failed = torch.from_numpy(np.asarray(tokens).astype(np.int32)).to(device), {}, {}
+    for name, path in find(folder).items():
+        try:
+            step = {"hlb-gpt": hlb_gpt, "nanoGPT": nanogpt}[name](path, case, tokens, device, dtype, compiled)
+            step()
+            working[name] = step
+        except Exception as error:  # out of memory, a missing package: no reason to lose our own figures
+            failed[name] = f"{type(error).__name__}: {error}"[:200]
+    return working, failed
 
 
 def hlb_module(path: Path, depth: int, width: int, data: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype,

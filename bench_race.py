@@ -7,7 +7,7 @@
 - both have the same text, size, micro-batch and length schedule, and each its own recipe, as `python train.py` runs it
 - both are scored on the same windows of the whole validation split, fw; hlb-gpt, which has no direction token, is spared
   each window's first token, so that the comparison leans to its side
-- seconds are those of training: no evaluation, no checkpoints; ours with its compilation
+- seconds are those of training: no evaluation, no checkpoints; ours with its compilation, from a cold cache
 - the result is one JSON file in results/bench/, and a row among the targets of its README
 """
 
@@ -25,12 +25,14 @@ from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 
 import bench_report
 from bench_peers import hlb_module
+from bench_work import keep_bf16_attention
 from data.tokens import DataError, OfflineError, find_folder, open_tokens, validation_windows
 from flags import Parser
 from machine import choose_machine, provenance
@@ -45,6 +47,7 @@ FOLDER = Path(__file__).parent / "results" / "bench"
 def race_hlb(path: Path, settings: Settings, vocab_size: int, every: int) -> list[dict]:
     """Its own `main`, evaluated by us every so many steps -> rows of seconds (training) and fw_loss."""
     device, dtype, _, _ = choose_machine(settings)
+    keep_bf16_attention()
     tokens = {name: torch.from_numpy(open_tokens(find_folder(settings.data), split).data.astype("int32")).to(device)
               for name, split in (("train", "train"), ("eval", "val"))}  # fmt: skip
     clock = SimpleNamespace(synchronize=lambda: torch.cuda.synchronize() if device.type == "cuda" else None,
@@ -85,7 +88,7 @@ def race_hlb(path: Path, settings: Settings, vocab_size: int, every: int) -> lis
 
 def race_ours(flags: list[str], every: int) -> list[dict]:
     """One run of train.py, fw only -> the same rows."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled"}):
         train([*flags, "--task", "fw", "--study", folder, "--eval_every", str(every), "--eval_epochs", "none", "--epochs", "none"])
         (run,) = (path.parent for path in Path(folder).glob("*/finished.json"))
         return read_run(run).curve[["step", "seconds", "fw_loss"]].to_dict("records")

@@ -87,7 +87,8 @@ def sentence(point: dict) -> str:
     for name in ("reference", "hlb-gpt", "nanoGPT"):
         if name in point["times"]:
             text += f", {ratio(point, name, 'fw'):.2f} x {'the eager reference' if name == 'reference' else name}"
-    return text + (f"; {ratio(point, 'fw', 'products'):.2f} x its matrix products" if "products" in point["times"] else "")
+    text += f"; {ratio(point, 'fw', 'products'):.2f} x its matrix products" if "products" in point["times"] else ""
+    return text + "".join(f"; {name} failed ({why})" for name, why in point.get("peers_failed", {}).items())
 
 
 def cell(value: float | None, form: str = "{:.2f}", scale: float = 1.0) -> str:

@@ -10,10 +10,13 @@ import pytest
 import torch
 from conftest import ROOT
 from tiny import corpus  # noqa: F401  (a fixture)
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
+import bench_peers
 import bench_race
 import bench_report
+import bench_work
 from model import GPT, GPTConfig
 from runs import RunError
 
@@ -42,7 +45,7 @@ def test_the_reference_is_the_same_model(direction, dtype, tolerance):
     model = small_model(dtype)
     windows = torch.randint(0, 60, (4, 25), generator=torch.Generator().manual_seed(0))  # ids that repeat within the batch
     ours, our_gradients = loss_and_gradients(model, lambda *x: model.loss(*x)[0], windows, direction)
-    plain, plain_gradients = loss_and_gradients(model, lambda *x: bench.reference_loss(model, *x), windows, direction)
+    plain, plain_gradients = loss_and_gradients(model, lambda *x: bench_work.reference_loss(model, *x), windows, direction)
     assert ours == pytest.approx(plain, rel=tolerance / 5)
     assert ours > 3  # not a model that knows nothing of its input
     for (name, _), a, b in zip(model.named_parameters(), our_gradients, plain_gradients):
@@ -167,10 +170,50 @@ def test_a_point_that_fails_does_not_end_the_run(monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory\nand more")
 
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
     monkeypatch.setattr(bench, "in_fresh_process", fail)
-    point = bench.measure(bench.Case(2, 32, 16, 2, 1), full=False)
+    point = bench.measure(bench.Case(2, 32, 16, 2, 1), full=True)
     assert point["failed"] == "OutOfMemoryError: CUDA out of memory" and "failed" in bench_report.sentence(point)
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
+
+
+def test_a_peer_that_fails_costs_nothing_but_its_own_figures(tmp_path, monkeypatch):
+    for name, file in (("hlb-gpt", "main.py"), ("nanoGPT", "model.py")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).touch()
+    monkeypatch.setattr(bench_peers, "nanogpt", lambda *_: lambda: None)
+    case, cpu = bench.Case(2, 32, 16, 2, 1), torch.device("cpu")
+    working, failed = bench_peers.steps(tmp_path, case, torch.zeros(100, dtype=torch.int32).numpy(), cpu, torch.float32, False)
+    assert list(working) == ["nanoGPT"] and "is not hlb-gpt's main.py" in failed["hlb-gpt"]
+    point = fake_point("cpu", 8, 384, 512, fw=1.0) | {"peers_failed": failed}
+    assert bench_report.sentence(point).endswith("version 0.4.1)") and "hlb-gpt failed (ValueError" in bench_report.sentence(point)
+
+
+@pytest.mark.parametrize("kind, flags, full, sweep", [
+    ("cpu", "", 1, 0), ("cpu", "--all", 1, 10), ("cpu", "--sweep lengths", 0, 7), ("cpu", "--sweep sizes", 0, 3),
+    ("cuda", "--all", 4, 19), ("cuda", "--sweep sizes", 0, 12),
+])  # fmt: skip
+def test_all_is_the_sum_of_its_sweeps_and_the_sizes_in_full(kind, flags, full, sweep):
+    cases = list(bench.cases(bench.parse(flags.split()), kind))
+    assert [which for _, which in cases].count(True) == full and len(cases) == full + sweep == len({case for case, _ in cases})
+
+
+def test_attention_in_three_dimensions_stays_in_bf16():
+    """The reference's and hlb-gpt's: in float32, as torch computes it by itself, their steps take a sixth longer."""
+
+    class Products(TorchDispatchMode):
+        dtypes = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.name() == "aten::bmm":
+                self.dtypes |= {x.dtype for x in args}
+            return function(*args, **(kwargs or {}))
+
+    bench_work.keep_bf16_attention()
+    query = torch.randn(2, 8, 4, dtype=torch.bfloat16)
+    with Products():
+        torch.nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=torch.zeros(8, 8, dtype=torch.bfloat16))
+    assert Products.dtypes == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("flags, message", [

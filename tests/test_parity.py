@@ -32,6 +32,25 @@ def test_every_way_trains_the_same_model(way):
         assert 2 < row["last_loss"] < 4.5, row  # of ln 510 = 6.2 at first: something was learned
 
 
+@pytest.mark.parametrize("width", [64, 192, 384, 768, 1536])
+@pytest.mark.parametrize("device", sorted({way.device for way in WAYS}))
+def test_the_kernel_at_the_sizes_of_the_study(device, width):
+    """Values and gradients: a kernel chosen by shape, and query and key that the groups of values share without a copy."""
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.03)):
+        shapes = (2, 1, 129, width // 8), (2, 1, 129, width // 8), (2, 1, 129, width), ()
+        inputs = [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
+        positions, weights = torch.arange(129, device=device), torch.randn(shapes[2], device=device)
+        found, truth = [], []
+        for results, attend in ((found, model.kernel_attention), (truth, None)):
+            query, key, value, slope = (x if attend else x.float() for x in inputs)
+            bias = model.position_bias("causal", slope.exp(), positions, positions, 129)
+            out = attend(query, key, value, slope.exp()) if attend else model.plain_attention(query, key, value, bias)
+            results += [out.float(), *(x.float() for x in torch.autograd.grad((out.float() * weights).sum(), inputs))]
+        names = ("out", "query", "key", "value", "slope")[: 5 if dtype == torch.float32 else 4]  # in bf16 the slope's sum cancels itself
+        for name, a, b in zip(names, found, truth):
+            assert (a - b).norm() <= tolerance * b.norm(), (name, dtype, ((a - b).norm() / b.norm()).item())
+
+
 def leaks(query, key, value, slope):
     logits = query @ key.mT * query.shape[-1] ** -0.5
     return logits.softmax(-1) @ value
@@ -67,9 +86,12 @@ def test_the_head_is_trained_in_more_than_one_chunk():
 def test_the_script_fills_its_table_and_says_what_was_not_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_parity, "STEPS", 2)
     bench_parity.plain_losses.cache_clear()
+    writes, write_json = [], bench_parity.write_json
+    monkeypatch.setattr(bench_parity, "write_json", lambda path, content: writes.append(len(content["parity"])) or write_json(path, content))
     path = bench_parity.main(["--lengths", "5", "--device", "cpu", "--compile", "off", "--out", str(tmp_path)])
     bench_parity.plain_losses.cache_clear()
     content = json.loads(path.read_text())
+    assert writes == [4, 8, 12, 16]  # what ends the run early loses nothing that was measured
     assert len(content["parity"]) == 4 * len(model.MASKS) and content["device"] == "cpu" and content["versions"]["torch"] == torch.__version__
     assert "cpu, float32, kernel attention, compile off: hidden gradient 0, mirror 0" in capsys.readouterr().out
     table = bench_report.parity_table(bench_report.read(tmp_path))
