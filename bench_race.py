@@ -88,7 +88,8 @@ def race_hlb(path: Path, settings: Settings, vocab_size: int, every: int) -> lis
 
 def race_ours(flags: list[str], every: int) -> list[dict]:
     """One run of train.py, fw only -> the same rows."""
-    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled"}):
+    cold = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # a compiler may still be writing
+    with cold as folder, patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled"}):
         train([*flags, "--task", "fw", "--study", folder, "--eval_every", str(every), "--eval_epochs", "none", "--epochs", "none"])
         (run,) = (path.parent for path in Path(folder).glob("*/finished.json"))
         return read_run(run).curve[["step", "seconds", "fw_loss"]].to_dict("records")
