@@ -58,6 +58,8 @@ class Settings:
     seq_len_double_every: int = Option(80, "steps after which the sequence length doubles", 1)
     sampling: str = Option("shuffled", "shuffled: every token once per pass; random: hlb-gpt's uniform windows", choices=("shuffled", "random"))
     # The optimiser
+    optimizer: str = Option("adamw", "of the blocks' matrices: adamw, as hlb-gpt has it, or muon, which wants half of --lr; the rest stays "
+                            "with AdamW", choices=("adamw", "muon"))
     lr: float | None = Option(None, "of the matrices; none: 2.62 * 9e7 / ln(params)^8.8, fitted from 46 M to 1.5 B parameters", 0)
     lr_mult_slopes: float = Option(100.0, "slopes need to move by units while matrices move by hundredths", 0)
     lr_mult_embedding: float = Option(32.0, "embedding and norms: most rows see few gradients", 0)
@@ -178,8 +180,38 @@ class Recipe:
         return min(max(1, whole + (draw < micro_batches - whole)), self.settings.max_micro_batches)
 
 
-def make_optimizer(model: GPT) -> torch.optim.AdamW:
-    """AdamW with the recipe's parameter groups; a training step sets their learning rates."""
+class Optimizers:
+    """Several optimisers as one: their groups side by side."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def state_dict(self) -> list[dict]:
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def make_optimizer(model: GPT, optimizer: str = "adamw") -> torch.optim.AdamW | Optimizers:
+    """AdamW with the recipe's parameter groups, the matrices' first; a training step sets their learning rates.
+
+    With "muon" the matrices' updates are orthogonalised, each fused matrix as a whole, at the root mean square that AdamW's
+    have (torch's "match_rms_adamw"), so that learning rates mean the same.
+    """
     groups = {
         "matrices": [p for block in model.blocks for p in (block.expand, block.project)],
         "slopes": [block.slope for block in model.blocks],
@@ -187,11 +219,16 @@ def make_optimizer(model: GPT) -> torch.optim.AdamW:
         "head": [model.head],
     }
     assert {id(p) for group in groups.values() for p in group} == {id(p) for p in model.parameters()}
+    matrices = groups.pop("matrices") if optimizer == "muon" else []
     betas = {"head": (0.6, 0.95)}
-    return torch.optim.AdamW(
+    adamw = torch.optim.AdamW(
         [{"name": name, "params": group, "betas": betas.get(name, (0.9, 0.95))} for name, group in groups.items()],
         lr=0.0, eps=1e-9, weight_decay=0.0, fused=True,
     )  # fmt: skip
+    if not matrices:
+        return adamw
+    muon = torch.optim.Muon([{"name": "matrices", "params": matrices}], lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return Optimizers(muon, adamw)
 
 
 def draw(seed: int, stream: str, *counter: int) -> float:

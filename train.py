@@ -86,7 +86,7 @@ class Training:
         if compiled:
             self.model.compile_parts()
         self.recipe = Recipe(settings, self.model.num_params())
-        self.optimizer = make_optimizer(self.model)
+        self.optimizer = make_optimizer(self.model, settings.optimizer)
         self.progress = Progress(p_bw=settings.p_bw, micro_batches=settings.micro_batches or 0.1)
         self.pending: tuple[torch.Tensor, torch.cuda.Event | None] | None = None  # the last step's figures, on their way
         self.ticked = time.perf_counter()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import runs
 import train
-from model import load_model
+from model import GPT, GPTConfig, load_model
 from data.tokens import open_tokens
 from data.toyworld import write_corpus
 from recipe import Recipe, Settings, draw, resolve
@@ -125,6 +125,29 @@ def test_every_parameter_is_in_the_group_that_the_recipe_names(corpus, tmp_path)
     assert groups["head"]["betas"] == (0.6, 0.95) and groups["matrices"]["betas"] == (0.9, 0.95) and groups["head"]["eps"] == 1e-9
 
 
+def test_muon_turns_the_matrices_by_as_much_as_adamw_and_leaves_the_rest_to_it():
+    model, twin = (GPT(GPTConfig(2, 32, vocab_size=64)) for _ in range(2))
+    optimizer, adamw = train.make_optimizer(model, "muon"), train.make_optimizer(twin)
+    assert [group["name"] for group in optimizer.param_groups] == [group["name"] for group in adamw.param_groups]
+    before = {name: weights.detach().clone() for name, weights in model.named_parameters()}
+    windows = torch.randint(0, 62, (8, 33))
+    for net, ours in ((model, optimizer), (twin, adamw)):
+        net.loss(windows, "fw")[0].backward()
+        for group in ours.param_groups:
+            group["lr"], group["weight_decay"] = 0.01, 0.0
+        ours.step()
+    for (name, weights), other in zip(model.named_parameters(), twin.parameters()):
+        change, step = weights.detach() - before[name], other.detach() - before[name]
+        if not name.endswith(("expand", "project")):
+            assert torch.equal(weights, other), name
+            continue
+        singular, theirs = (torch.linalg.svdvals(x) for x in (change, step))
+        assert singular[29] > singular[0] / 2 and theirs[29] < theirs[0] / 3, name  # as far in every direction, or nearly
+        assert (change.norm() / step.norm()).item() == pytest.approx(0.2, rel=0.3), name  # AdamW's first step is its largest
+    optimizer.zero_grad()
+    assert all(weights.grad is None for weights in model.parameters())
+
+
 def test_draws_are_nested_in_p_bw_and_independent_between_streams():
     draws = [draw(100, "direction", k) for k in range(4000)]
     assert sum(x < 0.05 for x in draws) == pytest.approx(200, abs=45)
@@ -161,7 +184,9 @@ def rows_written(study):
     return sum(len(path.read_text().splitlines()) for path in study.glob("*/curve.csv"))
 
 
-@pytest.mark.parametrize("schedule", ["--micro_batches 1.5 --dropout 0.2", "--micro_batches none --seq_len_start 8 --seq_len_double_every 5"])
+@pytest.mark.parametrize("schedule", [
+    "--micro_batches 1.5 --dropout 0.2 --optimizer muon", "--micro_batches none --seq_len_start 8 --seq_len_double_every 5",
+])  # fmt: skip
 def test_killed_and_resumed_ends_the_same_bit_for_bit(corpus, tmp_path, schedule):
     more = f"--steps 40 --eval_every 4 --p_bw 0.5 {schedule}"
     _, whole = run(corpus, tmp_path / "whole", more)
