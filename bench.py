@@ -40,7 +40,7 @@ from torch.nn.attention import _cur_sdpa_kernel_backends
 
 import bench_peers
 import bench_report
-from bench_work import Reference, flops, keep_bf16_attention, large_product, matrix_products
+from bench_work import Reference, flops, large_product, matrix_products
 from data.encode import tokenizer_of
 from data.prepare import main as prepare
 from data.sources import local_splits
@@ -151,7 +151,6 @@ def peak_memory(device: torch.device) -> float:
 def first_steps(case: Case, data: str, reference: bool) -> dict[str, float]:
     """In a fresh process: seconds to the first step and to the first ones that are longer or go backward; peak MB."""
     device, dtype, compiled, _ = choose_machine(case.settings(data))
-    keep_bf16_attention()
     torch.ones(1, device=device)  # the driver's start is not the program's
     base, seconds, start = peak_memory(device), {}, time.perf_counter()
     training = (Reference if reference else Training)(case.settings(data), device, dtype, compiled and not reference)
@@ -168,7 +167,6 @@ def steady_state(case: Case, data: str, full: bool) -> dict:
     """In a fresh process: all that is timed in repeats. A point of a sweep times the step and the reference only."""
     settings = case.settings(data)
     device, dtype, compiled, machine = choose_machine(settings)
-    keep_bf16_attention()
     training, reference = Training(settings, device, dtype, compiled), Reference(settings, device, dtype, compiled=False)
 
     def step(task: str) -> None:

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench_work import bf16_attention
+
 Step = Callable[[], None]
 
 
@@ -39,6 +41,8 @@ def steps(folder: Path, case, tokens: np.ndarray, device: torch.device, dtype: t
             step = {"hlb-gpt": hlb_gpt, "nanoGPT": nanogpt}[name](path, case, tokens, device, dtype, compiled)
             step()
             working[name] = step
+            if name == "hlb-gpt" and dtype == torch.bfloat16:
+                working["hlb-gpt, attention in bf16"] = bf16_attention()(step)
         except Exception as error:  # out of memory, a missing package: no reason to lose our own figures
             failed[name] = f"{type(error).__name__}: {error}"[:200]
     return working, failed

@@ -7,6 +7,7 @@
 - both have the same text, size, micro-batch and length schedule, and each its own recipe, as `python train.py` runs it
 - both are scored on the same windows of the whole validation split, fw; hlb-gpt, which has no direction token, is spared
   each window's first token, so that the comparison leans to its side
+- hlb-gpt's attention stays in bf16, as it did when it was written, and as torch does not by itself
 - seconds are those of training: no evaluation, no checkpoints; ours with its compilation, from a cold cache
 - the result is one JSON file in results/bench/, and a row among the targets of its README
 """
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 
 import bench_report
 from bench_peers import hlb_module
-from bench_work import keep_bf16_attention
+from bench_work import bf16_attention
 from data.tokens import DataError, OfflineError, find_folder, open_tokens, validation_windows
 from flags import Parser
 from machine import choose_machine, provenance
@@ -47,7 +48,6 @@ FOLDER = Path(__file__).parent / "results" / "bench"
 def race_hlb(path: Path, settings: Settings, vocab_size: int, every: int) -> list[dict]:
     """Its own `main`, evaluated by us every so many steps -> rows of seconds (training) and fw_loss."""
     device, dtype, _, _ = choose_machine(settings)
-    keep_bf16_attention()
     tokens = {name: torch.from_numpy(open_tokens(find_folder(settings.data), split).data.astype("int32")).to(device)
               for name, split in (("train", "train"), ("eval", "val"))}  # fmt: skip
     clock = SimpleNamespace(synchronize=lambda: torch.cuda.synchronize() if device.type == "cuda" else None,
@@ -81,7 +81,7 @@ def race_hlb(path: Path, settings: Settings, vocab_size: int, every: int) -> lis
         return 0.0, rows[-1]["fw_loss"], 0.0
 
     module |= {"get_batch": get_batch, "eval": evaluate}
-    with redirect_stdout(StringIO()):  # its table would show the evaluation that it believes in
+    with bf16_attention(), redirect_stdout(StringIO()):  # its table would show the evaluation that it believes in
         module["main"]()
     return rows
 

@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +25,18 @@ from train import Training
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def keep_bf16_attention() -> None:
+@contextlib.contextmanager
+def bf16_attention() -> Iterator[None]:
     """Attention over tensors of three dimensions, the reference's and hlb-gpt's, stays in their own dtype.
 
-    It did when hlb-gpt was written. Today torch takes it through float32 unless told not to, which would be no merit of ours:
-    our own paths never get there.
+    It did when hlb-gpt was written. Today torch takes it through float32 unless told not to; our own paths never get there.
     """
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # named after CUDA, works on a CPU, too
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # named after CUDA, counts on a CPU, too
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 @functools.lru_cache(maxsize=2)
@@ -57,8 +63,9 @@ def reference_loss(model: GPT, windows: Tensor, direction: str) -> Tensor:
 
 
 class Reference(Training):
-    """The same training step around the reference's loss."""
+    """The same training step around the reference's loss, attention in bf16."""
 
+    @bf16_attention()
     def one_pass(self, windows: Tensor, direction: str, share: float) -> Tensor:
         loss = reference_loss(self.model, windows, direction)
         (loss * share).backward()

@@ -209,11 +209,10 @@ def test_attention_in_three_dimensions_stays_in_bf16():
                 self.dtypes |= {x.dtype for x in args}
             return function(*args, **(kwargs or {}))
 
-    bench_work.keep_bf16_attention()
     query = torch.randn(2, 8, 4, dtype=torch.bfloat16)
-    with Products():
+    with bench_work.bf16_attention(), Products():
         torch.nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=torch.zeros(8, 8, dtype=torch.bfloat16))
-    assert Products.dtypes == {torch.bfloat16}
+    assert Products.dtypes == {torch.bfloat16} and not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
 
 
 @pytest.mark.parametrize("flags, message", [
