@@ -128,7 +128,7 @@ def position_bias(mask: str, slope: Tensor, queries: Tensor, keys: Tensor, max_s
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """Attention as its formula: query (B, H, Tq, Dq), key (B, H, Tk, Dq), value (B, H, Tk, Dv), bias (Tq, Tk)."""
-    logits = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5 + bias
+    logits = (query @ key.transpose(-1, -2)).float().mul_(query.shape[-1] ** -0.5).add_(bias)
     return logits.softmax(-1).to(value.dtype) @ value
 
 
