@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench_report import HLB_BF16
 from bench_work import bf16_attention
 
 Step = Callable[[], None]
@@ -42,7 +43,7 @@ def steps(folder: Path, case, tokens: np.ndarray, device: torch.device, dtype: t
             step()
             working[name] = step
             if name == "hlb-gpt" and dtype == torch.bfloat16:
-                working["hlb-gpt, attention in bf16"] = bf16_attention()(step)
+                working[HLB_BF16] = bf16_attention()(step)
         except Exception as error:  # out of memory, a missing package: no reason to lose our own figures
             failed[name] = f"{type(error).__name__}: {error}"[:200]
     return working, failed

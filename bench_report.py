@@ -123,7 +123,7 @@ def memory(point: dict) -> float | None:
 
 # device, depth, width, sequence length of the point; the target in words; what was measured, from that point
 TARGETS: list[tuple[str, int, int, int, str, Callable[[dict], str]]] = [
-    ("cuda", 8, 384, 1024, "8 x 384: at least 3 x hlb-gpt's own tokens/s", lambda p: against_hlb(p)),
+    ("cuda", 8, 384, 1024, "8 x 384: at least 3 x hlb-gpt's own tokens/s", against_hlb),
     ("cuda", 8, 384, 1024, "8 x 384: at least 45 % of the measured peak", lambda p: cell(share_of_peak(p, "fw"), "{:.1%}")),
     ("cuda", 16, 1536, 1024, "16 x 1536: at least 55 % of peak", lambda p: cell(share_of_peak(p, "fw"), "{:.1%}")),
     ("cuda", 32, 1536, 1024, "32 x 1536: at least 55 % of peak", lambda p: cell(share_of_peak(p, "fw"), "{:.1%}")),
@@ -137,7 +137,7 @@ TARGETS: list[tuple[str, int, int, int, str, Callable[[dict], str]]] = [
     ("cuda", 4, 192, 1024, "... nor much less at depth 4 (depth 32 takes less than 1.5 x this)",
      lambda p: cell(p["first_steps"]["ours"]["first"], "{:.1f} s")),
     ("cuda", 32, 1536, 1024, "all cuts of 32 layers take at most 2.5 x one evaluation", lambda p: cell(ratio(p, "cuts", "evaluation"), "{:.2f} x")),
-    ("cpu", 8, 384, 512, "8 x 384: at least 1.15 x hlb-gpt's own step", lambda p: against_hlb(p)),
+    ("cpu", 8, 384, 512, "8 x 384: at least 1.15 x hlb-gpt's own step", against_hlb),
     ("cpu", 8, 384, 512, "8 x 384: at most 1.25 x the time of its matrix products", lambda p: cell(ratio(p, "fw", "products"), "{:.2f} x")),
 ]  # fmt: skip
 

@@ -25,8 +25,8 @@ import pandas as pd
 from runs import Run, RunError, read_study
 
 # Settings that older runs do not have, and what those runs did.
-LATER_SETTINGS = {"unique_tokens": None, "dropout": 0.0}
-CELL_SETTINGS = ("depth", "width", "num_heads", "data", "bw_mask", *LATER_SETTINGS)
+LATER_SETTINGS = {"unique_tokens": None, "dropout": 0.0, "optimizer": "adamw"}
+CELL_SETTINGS = ("depth", "width", "num_heads", "data", "bw_mask", "unique_tokens", "dropout")
 CROSSED = ("bw_mask", "dropout")  # cells that differ in these alone meet in some comparisons
 # What tells the runs of one cell apart, and what cannot change what a run learns. Any other setting splits a cell.
 IGNORED_SETTINGS = (

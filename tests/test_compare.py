@@ -174,12 +174,19 @@ def test_nothing_is_extrapolated_to_a_common_end():
     assert ratio1(study, P5) == {} and any("never at equal tokens" in note for note in study.notes)
 
 
+def test_runs_of_two_optimisers_never_meet_in_a_pair(tmp_path):
+    plant_pairs(tmp_path, (3.0, 3.0), (2.0, 2.0), (0, 1))  # from before there was a choice
+    plant_pairs(tmp_path, (3.0, 3.0), (2.5, 2.5), (0, 1), optimizer="muon")
+    ratios = {cell.group.extras: np.exp(log_ratios(terms)) for cell, terms in ratio1(load(tmp_path), P5).items()}
+    assert ratios == {(("optimizer", "adamw"),): pytest.approx(1.5), (("optimizer", "muon"),): pytest.approx(1.2)}
+
+
 def test_new_settings_never_meet_in_a_pair(tmp_path):
     """Runs of one seed and p_bw that differ in an unknown setting, in unique tokens or dropout are other models."""
     plant_pairs(tmp_path, (3.0, 3.0), (2.0, 2.0), (0, 1))
     plant_pairs(tmp_path, (3.0, 3.0), (2.5, 2.5), (0, 1), unique_tokens=1000)
     plant_pairs(tmp_path, (3.0, 3.0), (2.4, 2.4), (0, 1), unique_tokens=1000, dropout=0.1)
-    plant(tmp_path, seed=2, fw=9.0, unique_tokens=None, dropout=0.0)  # as newer runs say what older ones did
+    plant(tmp_path, seed=2, fw=9.0, unique_tokens=None, dropout=0.0, optimizer="adamw")  # as newer runs say what older ones did
     plant(tmp_path, seed=2, fw=6.0, p_bw=0.05)
     study = load(tmp_path)
     (terms,) = ratio1(study, P5).values()

@@ -207,10 +207,10 @@ def test_runs_from_before_and_after_a_new_setting_are_never_mixed(tmp_path):
     """Whoever adds a flag and trains on in an old study: nothing says what the old runs did."""
     for seed in range(3):
         plant(tmp_path, seed=seed, fw=2.0)
-        plant(tmp_path, seed=seed, fw=4.0, p_bw=0.05, optimizer="sgd")
+        plant(tmp_path, seed=seed, fw=4.0, p_bw=0.05, momentum=0.9)
     study = load(tmp_path)
     assert compare.ratio1(study, P5) == {}
-    assert sorted(cell.group.extras for cell in study.cells) == [(("optimizer", "not set"),), (("optimizer", "sgd"),)]
+    assert sorted(cell.group.extras for cell in study.cells) == [(("momentum", "0.9"),), (("momentum", "not set"),)]
 
 
 def test_a_task_of_ones_own_is_not_taken_for_the_articles(tmp_path):

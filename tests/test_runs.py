@@ -1,11 +1,16 @@
 """A run's folder: what is written is whole or absent, what is read is right or refused."""
 
+import json
 import math
 import os
+from dataclasses import asdict
 
 import pytest
+from conftest import ROOT
 
 import runs
+from cells import LATER_SETTINGS
+from recipe import Settings
 from runs import RunError
 
 
@@ -79,3 +84,13 @@ def test_a_loss_altered_by_hand_is_found_in_any_table(tmp_path):
         with pytest.raises(runs.RunError, match=r"layers.csv is damaged .fw_ppl is not exp.fw_loss.: a number was altered"):
             runs.read_table(path, runs.LAYERS_COLUMNS)
         path.write_text(text)
+
+
+def test_the_studies_here_lack_no_setting_but_those_that_came_later():
+    """Or one run more of a study would be no run of it."""
+    now = set(asdict(Settings()))
+    for path in ROOT.glob("results/**/config.json"):
+        settings = json.loads(path.read_text()).get("settings", {})
+        if "sampling" in settings:  # a run of train.py
+            assert now - set(settings) <= set(LATER_SETTINGS), path
+    assert all(value == getattr(Settings(), name) for name, value in LATER_SETTINGS.items())
