@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import math
-from typing import Callable, NamedTuple
+from typing import Callable, Iterable, NamedTuple
 
 import numpy as np
 
 from cells import FW_ONLY, Cell, Group, Study, Variant
 from compare import Ratios, cut_values, final, log_ratios, lowest, paired, ratio1, ratio2, ratio2_separate, ratio_curve, windows
 from report import floor_of, interval
-from runs import CONTEXT_COLUMNS, MERGE_COLUMNS, Run, read_table, table_name
+from runs import CONTEXT_COLUMNS, MERGE_COLUMNS, REVERSAL_COLUMNS, Run, read_table, table_name
 
 
 class Scope(NamedTuple):
@@ -199,3 +199,17 @@ def barrier(scope: Scope) -> dict[str, np.ndarray]:
         if heights:
             found[cell.label] = np.array(heights)
     return found
+
+
+# What eval_reversal.py asks by: (sentence, orders).
+ASKED = {("teacher", 1): "teacher, one order", ("teacher", 2): "teacher, both orders", ("pupil", 2): "pupil, both orders",
+         ("pupil", 1): "pupil, never stated"}  # fmt: skip
+ASKED_WORDS = """teacher: “X was the teacher of Y”; pupil: “Y was a pupil of X”. Half of the pairs are stated in both orders, half as teacher only.
+    Read forward, a sentence is asked for its last name, read backward for its first one, among the right answers to the questions of its kind"""
+
+
+def asked(runs: Iterable[Run], direction: str, sentence: str, orders: int, column: str) -> np.ndarray:
+    """A column of reversal.csv, (runs,): of those runs that have the table and can be asked in this direction."""
+    tables = (read_table(run.folder / "reversal.csv", REVERSAL_COLUMNS) for run in runs)
+    rows = (table[(table["direction"] == direction) & (table["sentence"] == sentence) & (table["orders"] == orders)] for table in tables)
+    return np.array([row[column].iloc[0] for row in rows if len(row)], float)

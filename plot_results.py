@@ -32,6 +32,7 @@ from plot_blocks import blocks_angle, blocks_drop, blocks_influence
 from plot_context import context
 from plot_layers import layers_cut, layers_drop, layers_drop_ratio1, layers_drop_ratio2, layers_ratio1, layers_ratio2
 from plot_merge import merge
+from plot_reversal import reversal
 from plot_sizes import bw_by_size, ratio1_by_size, ratio1_heatmap, ratio2_by_size
 from plot_tradeoff import pareto, repeats
 from report import describe, floor_of, short, summary
@@ -206,7 +207,7 @@ FIGURES: dict[str, Callable[[Study, Options], list[Path]]] = {
     for function in (
         curves, leak, pareto, ratio1_training, ratio1_heatmap, ratio1_by_size, ratio2_by_size, bw_by_size, repeats,
         layers_ratio1, layers_ratio2, layers_cut, layers_drop, layers_drop_ratio1, layers_drop_ratio2,
-        blocks_drop, blocks_angle, blocks_influence, context, merge,
+        blocks_drop, blocks_angle, blocks_influence, context, merge, reversal,
     )
 }  # fmt: skip
 

@@ -4,6 +4,7 @@
                           curve.csv        one row per evaluation
                           layers.csv       one row per ablation of layers; similarity.csv: of states (eval_layers.py)
                           context.csv, documents.csv     losses by context length, by document (eval_context.py)
+                          reversal.csv     facts asked in both orders (eval_reversal.py)
                           model.safetensors, state.pt    weights and resume state, not committed
                           finished.json    written last: a run without it is unfinished
                           claim.N, failed.json           who trains it, why it failed (grid.py)
@@ -38,11 +39,12 @@ LAYERS_COLUMNS = (
 SIMILARITY_COLUMNS = ("direction", "layer", "block_size", "angular_distance", "block_influence", "tokens")
 CONTEXT_COLUMNS = ("direction", "context", "tokens", "loss")
 DOCUMENTS_COLUMNS = ("direction", "document", "tokens", "loss")
+REVERSAL_COLUMNS = ("direction", "sentence", "orders", "pairs", "acc", "loss", "acc_people", "loss_people")
 MERGE_COLUMNS = ("run_a", "run_b", "weight", "fw_loss", "fw_acc", "fw_ppl", "bw_loss", "bw_acc", "bw_ppl")
 LATER_COLUMNS = {CURVE_COLUMNS: ("hit_cap",), LAYERS_COLUMNS: ("tokens",)}  # that older tables lack: a new column goes here, too
 KEYS = (  # a table that has these columns has one row for each of their values
     ("step",), ("ablation", "layers_remaining", "layer"), ("direction", "layer", "block_size"), ("direction", "context"),
-    ("direction", "document"), ("run_a", "run_b", "weight"),
+    ("direction", "document"), ("direction", "sentence", "orders"), ("run_a", "run_b", "weight"),
 )  # fmt: skip
 
 

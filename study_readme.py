@@ -20,6 +20,7 @@ from compare import (
     Ratios, Term, bw_against_bw_only, corrected, final, log_ratios, lowest, paired, ratio1, ratio2, ratio2_separate,
     window_log_ratios, windows,
 )  # fmt: skip
+from measures import ASKED, ASKED_WORDS, asked
 from report import alarms, describe, documents, floor_of, interval, p_value, plus_minus, short
 from runs import MERGE_COLUMNS, Run, read_table, write_atomically
 from verdicts import ABSENT, NEEDED, verdicts
@@ -47,7 +48,7 @@ def markdown(study: Study, variant: Variant | None = None, above: str = "") -> s
     variant = variant or choose(study)
     sections = [
         _verdicts(study, variant), _losses(study), _budgets(study, variant), _over_training(study, variant),
-        _repeats(study), _documents(study, variant), _figures(study.folder, above), _made(study), _left_out(study),
+        _repeats(study), _reversal(study), _documents(study, variant), _figures(study.folder, above), _made(study), _left_out(study),
     ]  # fmt: skip
     return "\n\n".join(section for section in sections if section)
 
@@ -204,6 +205,28 @@ def _by_text(cell: Cell) -> tuple:
     return cell.group.on_all_text(), cell.params, cell.group.dropout, -(cell.group.unique_tokens or math.inf)
 
 
+def _reversal(study: Study) -> str:
+    """Facts asked in both orders: a row per size, variant and direction of reading, where eval_reversal.py has been."""
+    rows = []
+    for cell, by in study.cells.items():
+        for direction in ("fw", "bw"):
+            for v, seeds in by.items():
+                found = {how: [asked(seeds.values(), direction, *how, column) for column in ("acc", "loss")] for how in ASKED}
+                if v.trains(direction) and all(len(acc) for acc, _ in found.values()):
+                    texts = [f"{plus_minus(100 * acc, 0)} %; {plus_minus(loss, 2)}" for acc, loss in found.values()]
+                    rows.append([study.name(cell), direction, v.label, str(len(found["teacher", 1][0])), *texts])
+    if not rows:
+        return ""
+    return _section("Facts and their reversals", table(("size", "read", "trained on", "n", *ASKED.values()), rows), f"""
+        Right answers; nats of the right one: mean over seeds ± half of its 95 % t-interval. {ASKED_WORDS}
+        (with {_pairs(study)} pairs of a kind, chance is {100 / _pairs(study):.0f} %; {math.log(_pairs(study)):.2f}). Who taught Y? is the question *pupil* forward and
+        *teacher* backward. Pairs are of like age among those of their generation, so that some chance guesses are better than others.""")
+
+
+def _pairs(study: Study) -> int:
+    return int(max(asked((run for by in study.cells.values() for seeds in by.values() for run in seeds.values()), "fw", "teacher", 1, "pairs")))
+
+
 def _documents(study: Study, variant: Variant | None) -> str:
     named = {"ratio 1": ratio1(study, variant), "ratio 2": ratio2(study, variant), "bw / bw only": bw_against_bw_only(study, variant)}
     rows = [[study.name(cell), name, documents(terms, 4)] for name, ratios in named.items() for cell, terms in ratios.items()]
@@ -217,7 +240,7 @@ def _documents(study: Study, variant: Variant | None) -> str:
 
 def _figures(folder: Path, above: str) -> str:
     """Every figure that `above` does not show, the questions' own first; those of single sizes folded away."""
-    first = ("leak", "bw_by_size", "pareto", "ratio1", "ratio2", "repeats", "context", "merge")
+    first = ("leak", "bw_by_size", "pareto", "ratio1", "ratio2", "repeats", "reversal", "context", "merge")
     rank = {name: next((place for place, start in enumerate(first) if name.startswith(start)), len(first))
             for name in sorted(path.name for path in (folder / "figures").glob("*.png")) if f"figures/{name}" not in above}  # fmt: skip
     shown, single = ([f"![{name.removesuffix('.png').replace('_', ' ')}](figures/{name})" for name in sorted(rank, key=rank.get)
@@ -230,6 +253,7 @@ def _made(study: Study) -> str:
     runs = [run for by in (study.cells | study.limited).values() for seeds in by.values() for run in seeds.values()]
     lines = [f"python {command}" for command in sorted({run.config["command"] for run in runs if run.config.get("command")})]
     lines += _measured(study.folder, "eval_layers.py", "layers") * (not _fine_tuned(study)) + _measured(study.folder, "eval_context.py", "context")
+    lines += _measured(study.folder, "eval_reversal.py", "reversal")
     lines += _merged(study.folder, {run.name: run for run in runs})
     other = sorted({found[1] for path in study.folder.glob("figures/*.png") if (found := re.search(r"_p_bw-([\d.]+?)(?:_|\.png)", path.name))})
     lines += [f"python plot_results.py {study.folder}", *(f"python plot_results.py {study.folder} --p_bw {p_bw}" for p_bw in other)]

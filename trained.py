@@ -1,4 +1,4 @@
-"""A trained model and the text it is measured on: where eval_layers.py, eval_context.py and merge.py begin.
+"""A trained model and the text it is measured on: where eval_*.py and merge.py begin.
 
     for run in finished(["results/demo"]):
         trained = open_trained(run, "cpu")                    # its own validation split; data="wikitext" for another text
@@ -91,10 +91,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_tokens", type=positive, default=2**14, help="validation tokens computed at once; lower it for a small card")
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
+def add_run_flags(parser: argparse.ArgumentParser, windows: bool = True) -> None:
     """The flags of the scripts that write tables into runs' folders."""
     parser.add_argument("folders", nargs="+", type=Path, help="runs, or studies (folders of runs)")
-    parser.add_argument("--windows", type=positive, help="measure on so many windows, spread over the validation split, into tables of their own")
+    if windows:
+        parser.add_argument("--windows", type=positive, help="measure on so many windows, spread over the validation split, into tables of their own")
     parser.add_argument("--again", action="store_true", help="also what was measured before")
     add_flags(parser)
 

@@ -22,7 +22,7 @@ from study_readme import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 P5 = Variant("fw+bw", 0.05)
-OTHER_TABLES = {"blocks_angle", "blocks_influence", "context", "merge", "bw_by_size", "pareto"}  # drawn from more than curves and layers of both directions
+OTHER_TABLES = {"blocks_angle", "blocks_influence", "context", "merge", "reversal", "bw_by_size", "pareto"}  # drawn from more than curves and layers of both directions
 
 
 @pytest.fixture(autouse=True)
