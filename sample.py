@@ -35,8 +35,8 @@ def continue_tokens(model: GPT, prompt: list[int], direction: str, length: int, 
     text = start + (prompt if direction == "fw" else prompt[::-1])
     if not text:
         raise ValueError("a model without direction tokens needs a --prompt")
-    if len(text) + length - 1 > config.max_seq_len:
-        raise ValueError(f"prompt and --length are {len(text) + length} tokens, this model reads at most {config.max_seq_len}")
+    if len(prompt) + length > (most := config.max_seq_len + 1 - len(start)):  # the last new token is not read again
+        raise ValueError(f"prompt and --length are {len(prompt) + length} tokens, in this model at most {most} fit")
     generator = torch.Generator(model.head.device).manual_seed(seed)
     tokens = torch.tensor(text, device=model.head.device).repeat(samples, 1)
     past: list[list[Tensor]] = [[] for _ in model.blocks]

@@ -13,6 +13,7 @@ def make(**options) -> GPT:
         model.embedding.mul_(20)
         for block in model.blocks:
             block.project.mul_(10)
+            block.slope.fill_(-4)  # far tokens count, the direction token too
     return model.eval()
 
 
@@ -49,6 +50,14 @@ def test_a_token_costs_one_position_not_the_whole_text():
     model.blocks[0].register_forward_hook(lambda module, inputs, out: widths.append(inputs[0].shape[1]))
     sample.continue_tokens(model, [1, 2, 3], "fw", 10)
     assert widths == [4] + [1] * 9
+
+
+def test_a_text_may_fill_the_model_and_no_more():
+    """40 positions: the direction token and all of the text but the last new token, which is not read again."""
+    assert sample.continue_tokens(make(), [1, 2, 3, 4], "bw", 36).shape == (1, 40)
+    assert sample.continue_tokens(make(), [1, 2, 3, 4], "fw", 37, direction_tokens=False).shape == (1, 41)
+    with pytest.raises(ValueError, match="are 41 tokens, in this model at most 40 fit"):
+        sample.continue_tokens(make(), [1, 2, 3, 4], "bw", 37)
 
 
 def test_seed_temperature_and_top_k():
