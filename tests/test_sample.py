@@ -67,6 +67,9 @@ def test_seed_temperature_and_top_k():
     assert len({tuple(x) for x in draw().tolist()}) == 3
     assert torch.equal(draw(top_k=1), draw(temperature=0))
     assert draw(allowed=50)[:, :-2].max() < 50
+    assert torch.equal(draw(temperature=1e-4), draw(temperature=0)) and not torch.equal(draw(), draw(temperature=0))
+    hot = torch.cat([draw(temperature=1e4, seed=seed)[:, :-2].flatten() for seed in range(100)])  # 6000 of nearly equal odds
+    assert 880 < hot.max() < 894, "any token, but no direction token"
     assert (draw()[:, -2:] == torch.tensor([1, 2])).all()  # backward text ends with the prompt
 
 
@@ -87,6 +90,13 @@ def test_prints_reading_order_with_the_prompt_marked(checkpoint, capsys):
 def test_wrong_requests_are_named(checkpoint, metadata, flags, sentence):
     with pytest.raises(SystemExit, match=sentence):
         sample.main([checkpoint(**metadata), "--device", "cpu", "--length", "5", *flags.split()])
+
+
+@pytest.mark.parametrize("flag", ["--length 0", "--samples 0", "--temperature -0.1", "--top_k 0", "--temperature nan"])
+def test_numbers_that_make_no_sense_are_refused(checkpoint, flag, capsys):
+    with pytest.raises(SystemExit):
+        sample.main([checkpoint(), "--prompt", "Adela", "--device", "cpu", *flag.split()])
+    assert f"{flag.split()[0]} must be at least" in capsys.readouterr().err
 
 
 def test_no_such_run(tmp_path):
