@@ -243,6 +243,17 @@ def test_validation_scores_every_token_but_the_first_once(tmp_path, count, lengt
     assert all((a == b).all() for a, b in zip(batches, validation_windows(tokens, length, batch)))
 
 
+def test_some_validation_windows_lie_evenly_over_the_split(tmp_path):
+    tokens = tokens_of(tmp_path, 1006)      # 100 full windows of 10, and a rest of 5 that is not among them
+    windows = np.concatenate(list(validation_windows(tokens, 10, 3, count=4)))
+    assert windows.tolist() == [list(range(start, start + 11)) for start in (0, 250, 500, 750)]
+    every = list(validation_windows(tokens, 10, 100, count=100))
+    assert len(every) == 1 and (every[0][:, 0] == np.arange(0, 1000, 10)).all()
+    for count in (0, 101):
+        with pytest.raises(DataError, match=f"100 full windows of length 10; {count} of them cannot be chosen"):
+            next(validation_windows(tokens, 10, 3, count))
+
+
 def test_validation_on_too_little_is_a_clear_error(tmp_path):
     with pytest.raises(DataError, match="has 1 token"):
         next(validation_windows(tokens_of(tmp_path, 1), 8, 8))
