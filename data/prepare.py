@@ -1,6 +1,7 @@
 """Text -> tokens: data/<name>/{train,val}.bin and meta.json, which data/tokens.py reads.
 
     python data/prepare.py toyworld                     the embedded corpus, offline, in seconds
+    python data/prepare.py toyworld-facts               its facts in documents of a sentence each (eval_reversal.py)
     python data/prepare.py wikitext-103                 from the Hugging Face hub (about 300 MB)
     python data/prepare.py ~/texts --out data/texts     a folder (or one file) of .txt, .jsonl, .jsonl.gz, .parquet
     python data/prepare.py books.jsonl.gz --text-field body --val-fraction 0.02 --workers 8
@@ -42,6 +43,7 @@ PUBLISHED = {("wikitext-103", "train"): 119_192_782, ("wikitext-103", "val"): 24
              ("wikitext-2", "val"): 249_887}
 WIKITEXT_LICENCE = "CC BY-SA 3.0 and GFDL (Wikipedia contributors; WikiText, Merity et al. 2016)"
 
+TOYWORLDS = {"toyworld": False, "toyworld-facts": True}         # our name -> documents of a single sentence
 SMALL = 4_000_000           # bytes of input for which starting workers costs more than it saves
 
 
@@ -127,7 +129,7 @@ def report(meta: dict, args: argparse.Namespace, out: Path) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("source", metavar="NAME_OR_PATH",
-                        help="toyworld, wikitext-2, wikitext-103, or a file or folder")
+                        help="toyworld, toyworld-facts, wikitext-2, wikitext-103, or a file or folder")
     parser.add_argument("--out", type=Path, help="folder to write (default: data/<name> of this project)")
     parser.add_argument("--tokenizer", help="gpt2, another of tiktoken's, its first tokens only as in gpt2:4000, or "
                                             "toyworld (default: gpt2)")
@@ -141,7 +143,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="toyworld: its seed (default: 0)")
     parser.add_argument("--train-tokens", type=int, help="toyworld: size of the training split (default: 750,000)")
     args = parser.parse_args(argv)
-    toyworld = args.source == "toyworld"
+    toyworld = args.source in TOYWORLDS
     if not 0 < args.val_fraction < 1:
         parser.error(f"--val-fraction must lie between 0 and 1, not {args.val_fraction}")
     if args.workers is not None and args.workers < 1:
@@ -157,19 +159,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace, command: str) -> dict:
-    if args.source == "toyworld" or args.source in HUB:
+    if args.source in TOYWORLDS or args.source in HUB:
         name = args.source
     elif Path(args.source).exists():
         path = Path(args.source).resolve()
         name = path.name if path.is_dir() else path.name.split(".")[0]
     else:
-        raise DataError(f"{args.source!r} is neither a data set (toyworld, {', '.join(sorted(HUB))}) "
+        raise DataError(f"{args.source!r} is neither a data set ({', '.join([*TOYWORLDS, *sorted(HUB)])}) "
                         f"nor an existing file or folder")
     out = (args.out or ROOT / "data" / name).resolve()
     check_out(out)
-    if args.source == "toyworld":
+    if args.source in TOYWORLDS:
         from data.toyworld import write_corpus
-        meta = write_corpus(out, seed=args.seed or 0, train_tokens=args.train_tokens or 750_000)
+        meta = write_corpus(out, seed=args.seed or 0, train_tokens=args.train_tokens or 750_000, single=TOYWORLDS[args.source])
     else:
         meta = prepare_text(args, out, args.workers, command)
     report(meta, args, out)

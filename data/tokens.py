@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import tiktoken
 
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-PREPARED_BY_NAME = ("toyworld", "wikitext-2", "wikitext-103")      # data sets that prepare.py can get by name
+PREPARED_BY_NAME = ("toyworld", "toyworld-facts", "wikitext-2", "wikitext-103")      # data sets that prepare.py can get by name
 
 
 class DataError(ValueError):

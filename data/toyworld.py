@@ -2,6 +2,7 @@
 
     python data/toyworld.py --seed 0 --show 3          three entries, their log-probability, the entropy per token
     python data/prepare.py toyworld                    the token files (calls write_corpus below)
+    python data/prepare.py toyworld-facts              documents of a single sentence, for eval_reversal.py
 
 It is a measuring instrument. One grammar (World.grammar, in toyworld_facts.py) serves the generator, the parser and
 the entropy, so that they cannot disagree:
@@ -180,7 +181,7 @@ def encoding():
 
 
 def write_corpus(out_folder: str | Path, seed: int = 0, people: int = 200, towns: int = 40,
-                 train_tokens: int = 750_000, val_tokens: int = 50_000) -> dict:
+                 train_tokens: int = 750_000, val_tokens: int = 50_000, single: bool = False) -> dict:
     """Writes train.bin, val.bin and meta.json and returns meta. The two splits are independent draws from one world.
 
     Each split holds whole documents, an end-of-text token after each, until it has at least the tokens asked for.
@@ -188,11 +189,11 @@ def write_corpus(out_folder: str | Path, seed: int = 0, people: int = 200, towns
     that cannot be."""
     if train_tokens < 1 or val_tokens < 1:
         raise ValueError(f"toyworld needs at least one token per split, not {train_tokens} and {val_tokens}")
-    world, out = World(seed, people, towns), Path(out_folder)
+    world, out = World(seed, people, towns, single), Path(out_folder)
     new, old = (out.parent / f".{out.name}.{state}.{os.getpid()}" for state in ("new", "old"))
     new.mkdir(parents=True)
     try:
-        splits, about = {}, {"seed": seed, "people": people, "towns": towns}
+        splits, about = {}, {"seed": seed, "people": people, "towns": towns} | ({"single": True} if single else {})
         nats, tokens = entropy(world)
         about.update(entropy_per_token=nats / tokens, nats_per_document=nats, tokens_per_document=tokens)
         for split, size in (("train", train_tokens), ("val", val_tokens)):
@@ -247,10 +248,11 @@ def main(argv: Sequence[str] | None = None) -> float:
     parser.add_argument("--seed", type=int, default=0, help="of the world and of the documents shown")
     parser.add_argument("--people", type=int, default=200)
     parser.add_argument("--towns", type=int, default=40)
+    parser.add_argument("--single", action="store_true", help="documents of a single sentence, as toyworld-facts has them")
     parser.add_argument("--show", type=int, default=3, help="number of documents to print")
     args = parser.parse_args(argv)
     try:
-        world = World(args.seed, args.people, args.towns)
+        world = World(args.seed, args.people, args.towns, args.single)
     except ValueError as error:
         raise SystemExit(f"{error} (--people, --towns)") from None
     rng = random.Random(f"show {args.seed}")

@@ -181,20 +181,23 @@ class Person:
 
 
 class World:
-    """Everything there is, a pure function of (seed, people, towns). ValueError outside 2..1000 people, 2..60 towns.
+    """Everything there is, a pure function of its arguments. ValueError outside 2..1000 people, 2..60 towns.
 
     people, towns: lists of Person and Town; facts: list of (subject, relation, object) strings;
-    held_out: the (teacher, pupil) names stated in one order only; grammar: the distribution of documents."""
+    held_out: the (teacher, pupil) names stated in one order only; grammar: the distribution of documents.
+    single: a document is a single sentence, and who teaches whom is drawn without regard to age. So the names of a
+    pair meet in the order of the sentences that state it and nowhere else, and nothing else tells who belongs to whom;
+    in documents of several sentences the first name may come again after the second one."""
 
-    def __init__(self, seed: int, people: int = 200, towns: int = 40):
+    def __init__(self, seed: int, people: int = 200, towns: int = 40, single: bool = False):
         if not 2 <= people <= 1000:
             raise ValueError(f"toyworld can hold 2 to 1000 people, not {people}")
         if not 2 <= towns <= len(TOWNS):
             raise ValueError(f"toyworld can hold 2 to {len(TOWNS)} towns, not {towns}")
-        self.seed = seed
+        self.seed, self.single = seed, single
         rng = random.Random(f"toyworld {seed} {people} {towns}")
         self.towns = _draw_towns(rng, towns)
-        self.people = _draw_people(rng, people, self.towns)
+        self.people = _draw_people(rng, people, self.towns, by_age=not single)
         self.held_out = [(p.name, p.pupil.name) for p in self.people if p.pupil and p.held_out]
 
     @property
@@ -224,9 +227,15 @@ class World:
     @functools.cached_property
     def grammar(self) -> Choice:
         """The distribution of documents: three of four are about a person, one about a town."""
-        people = [_entry(person_sentences(self, p, True), person_sentences(self, p, False)) for p in self.people]
-        towns = [_entry(town_sentences(self, t, True), town_sentences(self, t, False)) for t in self.towns]
+        people = [self._entry(person_sentences, p) for p in self.people]
+        towns = [self._entry(town_sentences, t) for t in self.towns]
         return one_of(Choice(people), Choice(towns), weights=[3, 1])
+
+    def _entry(self, sentences, about: Person | Town) -> Node:
+        weights, first = zip(*sentences(self, about, True).values())
+        if self.single:
+            return Choice([seq(sentence, END) for sentence in first], weights)
+        return in_any_order(list(first), [node for _, node in sentences(self, about, False).values()], list(weights))
 
 
 def _below(rng: random.Random, n: int) -> int:
@@ -255,7 +264,7 @@ def _draw_towns(rng: random.Random, count: int) -> list[Town]:
     return towns
 
 
-def _draw_people(rng: random.Random, count: int, towns: list[Town]) -> list[Person]:
+def _draw_people(rng: random.Random, count: int, towns: list[Town], by_age: bool) -> list[Person]:
     """People in random order. A family shares its birth town, an office its town and subject, so that there is
     something to generalise and less to learn by heart (a small model learns such a world markedly sooner); the rest
     is drawn for each person."""
@@ -276,7 +285,8 @@ def _draw_people(rng: random.Random, count: int, towns: list[Town]) -> list[Pers
     for wife, husband in zip([p for p in people if p.woman], [p for p in people if not p.woman]):
         if rng.random() < 0.8 and abs(wife.born - husband.born) <= 10:
             wife.spouse, husband.spouse = husband, wife
-    pairs = list(zip(people[:count // 2], people[count // 2:]))
+    younger = people[count // 2:] if by_age else _shuffled(rng, people[count // 2:])
+    pairs = list(zip(people[:count // 2], younger))
     for i, (teacher, pupil) in enumerate(_shuffled(rng, pairs)):
         teacher.pupil, pupil.teacher = pupil, teacher
         teacher.subject = pupil.subject = subject[teacher.office]
@@ -381,8 +391,3 @@ def town_sentences(world: World, t: Town, first: bool) -> dict[str, tuple[float,
         found["holder"] = (2, seq(What, "had", Choice(
             [seq(_per(p), "as its", Leaf(p.office, "OFFICE"), "from", _year(p.since)) for p in holders]), "."))
     return found
-
-
-def _entry(first: dict[str, tuple[float, Node]], later: dict[str, tuple[float, Node]]) -> Node:
-    return in_any_order([node for _, node in first.values()], [node for _, node in later.values()],
-                        [weight for weight, _ in first.values()])
