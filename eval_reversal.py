@@ -1,25 +1,23 @@
-"""The reversal curse: a fact that the text states in one order only, asked in both orders and read in both directions.
+"""The reversal curse: facts that a text states in one order only, asked in both orders and read in both directions.
 
-    python eval_reversal.py results/demo            # every finished run of a study whose text is a toyworld
-    python plot_results.py results/demo --figure reversal
+    python data/prepare.py toyworld-facts           # and train on it: train.py --data toyworld-facts
+    python eval_reversal.py results/mine            # every finished run of the study
+    python plot_results.py results/mine --figure reversal
 
-Half of toyworld's pairs of teacher and pupil are stated in both orders ("X was the teacher of Y", "Y was a pupil of X"),
-half of them as "teacher ... pupil" only. Both sentences are asked of both halves, for the name at either end: fw reads
-"END X was the teacher of" and predicts Y, bw reads "was the teacher of Y." and predicts X. So "who taught Y?" can be asked
-forward, by a sentence that no text ever held, or backward, by the sentence that was read in training.
+The text states half of its pairs of teacher and pupil in both orders ("X was the teacher of Y.", "Y was a pupil of X."), the
+others as "teacher ... pupil" only. A document is one sentence, so the names of a pair meet in no other way (toyworld itself,
+whose documents go on about X after naming Y, is refused). Each question can be asked by either sentence:
 
-reversal.csv, a row per
-    direction   fw, bw
-    sentence    teacher: "X was the teacher of Y"; pupil: "Y was a pupil of X"
-    orders      in how many orders the text states these pairs, 1 or 2; sentence pupil with orders 1 was never stated
-with
-    pairs       how many are asked
-    acc, loss   share of right answers, and nats of the right one, among the answers to the `pairs` questions of this row alone:
-                chance is 1 / pairs and ln pairs. A teacher of the first half is never named after "was a pupil of", which
-                is a fact about the text as well: here all candidates share it
-    acc_people, loss_people     the same among all people of the world
-A name is two tokens; its score is their log-probability. Before a sentence, a name may open a document or not: both count.
-With the flipped mask, which sees its targets, only fw can be asked.
+    pupil: whom did X teach?    fw reads "X was the teacher of" and predicts Y; bw reads "was a pupil of X." and predicts Y
+    teacher: who taught Y?      fw reads "Y was a pupil of" and predicts X; bw reads "was the teacher of Y." and predicts X
+
+reversal.csv, a row per direction, question and orders (in how many orders the text states these pairs, 1 or 2), with
+    stated   1: the text holds the sentences asked by; 0: it holds none of them (fw, teacher, 1 and bw, pupil, 1)
+    pairs    how many are asked. Who is right for one of them is a candidate for all: names that never stand in this place
+             for another reason than the pair are not told apart by it
+    acc      share of right answers; by chance 1 / pairs
+    auc      share of the other candidates that score below the right one; by chance 1/2
+A name is two tokens, and scored by their log-probability. With the flipped mask, which sees its targets, only fw is asked.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ from model import GPT, MASK_OF
 from runs import RunError
 from trained import Trained, add_run_flags, finished, open_trained
 
-SENTENCES = ("teacher", "pupil")
+QUESTIONS = ("pupil", "teacher")  # who is asked for
 
 
 @torch.no_grad()
@@ -63,43 +61,47 @@ def name_scores(model: GPT, direction: str, contexts: Tensor, names: Tensor, dir
     return torch.cat(scores)
 
 
-def ask(model: GPT, direction: str, sentence: str, asked: list[Question], people: list[str], direction_tokens: bool = True,
-        batch_tokens: int = 2**14) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Scores (Q, people) of everybody as the missing name of each sentence, and who is right (Q,)."""
-    tokenizer = encoding()
-    contexts, answers, spellings = [], [], [" {}"] if direction == "fw" else ["{}", " {}"]
+def teacher_first(direction: str, question: str) -> bool:
+    """Which of the two sentences ends (fw) or begins (bw) with who is asked for: "X was the teacher of Y", or the other one."""
+    return (direction == "fw") == (question == "pupil")
+
+
+def ask(model: GPT, direction: str, question: str, asked: list[Question], direction_tokens: bool = True, batch_tokens: int = 2**14) -> Tensor:
+    """Scores (Q, Q) of the answer to question j as an answer to question i: the right ones are on the diagonal."""
+    tokenizer, contexts, names = encoding(), [], []
     for q in asked:
-        prompt, right, left = (q.prompt, q.answer, q.reversed_answer) if sentence == "teacher" else (q.reversed_prompt, q.reversed_answer, q.answer)
+        stated = q.prompt, q.answer, q.reversed_answer
+        prompt, last, first = stated if teacher_first(direction, question) else (q.reversed_prompt, q.reversed_answer, q.answer)
         contexts.append([tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)] if direction == "fw"
-                        else tokenizer.encode_ordinary(f"{prompt.removeprefix(left)} {right}."))  # fmt: skip
-        answers.append(people.index(right if direction == "fw" else left))
-    names = [tokenizer.encode_ordinary(spelling.format(name)) for spelling in spellings for name in people]
+                        else [*tokenizer.encode_ordinary(f"{prompt.removeprefix(first)} {last}."), tokenizer.eot_token])  # fmt: skip
+        names.append(tokenizer.encode_ordinary(f" {last}" if direction == "fw" else first))  # without a space where a document begins
     contexts, names = (torch.tensor(x, device=model.head.device) for x in (contexts, names))
-    scores = name_scores(model, direction, contexts, names, direction_tokens, batch_tokens)
-    return scores.unflatten(1, (len(spellings), len(people))).logsumexp(1), torch.tensor(answers, device=scores.device)
+    return name_scores(model, direction, contexts, names, direction_tokens, batch_tokens)
 
 
-def accuracy_and_loss(scores: Tensor, answers: Tensor) -> tuple[float, float]:
-    """scores (Q, N), answers (Q,) -> share of right answers, nats of the right one among the N."""
-    return (scores.argmax(1) == answers).double().mean().item(), F.cross_entropy(scores.double(), answers).item()
+def accuracy_and_auc(scores: Tensor) -> tuple[float, float]:
+    """Scores (Q, Q), the right ones on the diagonal -> share of right answers, share of the others below the right one.
+
+    Equal scores count half in the second one, and as wrong in the first. A single question has no others: NaN.
+    """
+    right, others = scores.diagonal()[:, None], ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+    below = (scores < right).double() + (scores == right).double() / 2
+    return (((scores < right) | ~others).all(1)).double().mean().item(), below[others].mean().item()
 
 
 def measure(trained: Trained, batch_tokens: int = 2**14) -> list[dict]:
-    """The rows of reversal.csv. DataError (one sentence) if the text is not a toyworld's."""
-    about = trained.val.meta.get("toyworld")
-    if about is None:
-        raise DataError(f"{trained.val.folder} is not a toyworld, whose facts are known: python data/prepare.py toyworld makes one")
-    world, rows = World(about["seed"], about["people"], about["towns"]), []
-    people, asked = [person.name for person in world.people], questions(world)
-    for (direction, mask), sentence, orders in product(trained.tasks, SENTENCES, (1, 2)):
-        group = [q for q in asked if q.held_out == (orders == 1)]
-        if mask != MASK_OF[direction] or not group:
-            continue
-        scores, answers = ask(trained.model, direction, sentence, group, people, trained.direction_tokens, batch_tokens)
-        acc, loss = accuracy_and_loss(scores[:, answers], torch.arange(len(group), device=scores.device))
-        acc_people, loss_people = accuracy_and_loss(scores, answers)
-        rows.append({"direction": direction, "sentence": sentence, "orders": orders, "pairs": len(group), "acc": acc, "loss": loss,
-                     "acc_people": acc_people, "loss_people": loss_people})  # fmt: skip
+    """The rows of reversal.csv. DataError (one sentence) if it is not a text whose facts are known, and stated one by one."""
+    about = trained.val.meta.get("toyworld", {})
+    if not about.get("single"):
+        raise DataError(f"{trained.val.folder} is no text of single facts, so what it states in which order is not known: "
+                        f"train on toyworld-facts (python data/prepare.py toyworld-facts)")  # fmt: skip
+    world, rows = World(about["seed"], about["people"], about["towns"], single=True), []
+    for (direction, mask), question, orders in product(trained.tasks, QUESTIONS, (1, 2)):
+        group = [q for q in questions(world) if q.held_out == (orders == 1)]
+        if mask == MASK_OF[direction] and group:
+            acc, auc = accuracy_and_auc(ask(trained.model, direction, question, group, trained.direction_tokens, batch_tokens))
+            rows.append({"direction": direction, "question": question, "orders": orders, "pairs": len(group), "acc": acc, "auc": auc,
+                         "stated": int(orders == 2 or teacher_first(direction, question))})  # fmt: skip
     return rows
 
 

@@ -201,15 +201,8 @@ def barrier(scope: Scope) -> dict[str, np.ndarray]:
     return found
 
 
-# What eval_reversal.py asks by: (sentence, orders).
-ASKED = {("teacher", 1): "teacher, one order", ("teacher", 2): "teacher, both orders", ("pupil", 2): "pupil, both orders",
-         ("pupil", 1): "pupil, never stated"}  # fmt: skip
-ASKED_WORDS = """teacher: “X was the teacher of Y”; pupil: “Y was a pupil of X”. Half of the pairs are stated in both orders, half as teacher only.
-    Read forward, a sentence is asked for its last name, read backward for its first one, among the right answers to the questions of its kind"""
-
-
-def asked(runs: Iterable[Run], direction: str, sentence: str, orders: int, column: str) -> np.ndarray:
+def asked(runs: Iterable[Run], direction: str, question: str, orders: int, column: str) -> np.ndarray:
     """A column of reversal.csv, (runs,): of those runs that have the table and can be asked in this direction."""
     tables = (read_table(run.folder / "reversal.csv", REVERSAL_COLUMNS) for run in runs)
-    rows = (table[(table["direction"] == direction) & (table["sentence"] == sentence) & (table["orders"] == orders)] for table in tables)
+    rows = (table[(table["direction"] == direction) & (table["question"] == question) & (table["orders"] == orders)] for table in tables)
     return np.array([row[column].iloc[0] for row in rows if len(row)], float)

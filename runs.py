@@ -39,12 +39,12 @@ LAYERS_COLUMNS = (
 SIMILARITY_COLUMNS = ("direction", "layer", "block_size", "angular_distance", "block_influence", "tokens")
 CONTEXT_COLUMNS = ("direction", "context", "tokens", "loss")
 DOCUMENTS_COLUMNS = ("direction", "document", "tokens", "loss")
-REVERSAL_COLUMNS = ("direction", "sentence", "orders", "pairs", "acc", "loss", "acc_people", "loss_people")
+REVERSAL_COLUMNS = ("direction", "question", "orders", "stated", "pairs", "acc", "auc")
 MERGE_COLUMNS = ("run_a", "run_b", "weight", "fw_loss", "fw_acc", "fw_ppl", "bw_loss", "bw_acc", "bw_ppl")
 LATER_COLUMNS = {CURVE_COLUMNS: ("hit_cap",), LAYERS_COLUMNS: ("tokens",)}  # that older tables lack: a new column goes here, too
 KEYS = (  # a table that has these columns has one row for each of their values
     ("step",), ("ablation", "layers_remaining", "layer"), ("direction", "layer", "block_size"), ("direction", "context"),
-    ("direction", "document"), ("direction", "sentence", "orders"), ("run_a", "run_b", "weight"),
+    ("direction", "document"), ("direction", "question", "orders"), ("run_a", "run_b", "weight"),
 )  # fmt: skip
 
 

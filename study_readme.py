@@ -7,6 +7,7 @@ What stands outside the marks is kept. Numbers: compare.py, verdicts.py; no torc
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import replace
@@ -20,7 +21,7 @@ from compare import (
     Ratios, Term, bw_against_bw_only, corrected, final, log_ratios, lowest, paired, ratio1, ratio2, ratio2_separate,
     window_log_ratios, windows,
 )  # fmt: skip
-from measures import ASKED, ASKED_WORDS, asked
+from measures import asked
 from report import alarms, describe, documents, floor_of, interval, p_value, plus_minus, short
 from runs import MERGE_COLUMNS, Run, read_table, write_atomically
 from verdicts import ABSENT, NEEDED, verdicts
@@ -206,25 +207,27 @@ def _by_text(cell: Cell) -> tuple:
 
 
 def _reversal(study: Study) -> str:
-    """Facts asked in both orders: a row per size, variant and direction of reading, where eval_reversal.py has been."""
-    rows = []
-    for cell, by in study.cells.items():
-        for direction in ("fw", "bw"):
-            for v, seeds in by.items():
-                found = {how: [asked(seeds.values(), direction, *how, column) for column in ("acc", "loss")] for how in ASKED}
-                if v.trains(direction) and all(len(acc) for acc, _ in found.values()):
-                    texts = [f"{plus_minus(100 * acc, 0)} %; {plus_minus(loss, 2)}" for acc, loss in found.values()]
-                    rows.append([study.name(cell), direction, v.label, str(len(found["teacher", 1][0])), *texts])
+    """Facts asked in both orders: a row per size, variant and kind of pairs, where eval_reversal.py has been."""
+    rows, pairs = [], set()
+    for (cell, by), orders in itertools.product(study.cells.items(), (1, 2)):
+        for v, seeds in by.items():
+            texts, counts = [], []
+            for question, direction in itertools.product(("teacher", "pupil"), ("fw", "bw")):
+                acc, auc, stated, count = (asked(seeds.values(), direction, question, orders, c) for c in ("acc", "auc", "stated", "pairs"))
+                known = v.trains(direction) and len(acc) > 0
+                text = f"{plus_minus(100 * acc, 0)} %; {plus_minus(auc, 2)}" if known else ""
+                texts, counts = [*texts, text if not known or stated.all() else f"*{text}*"], [*counts, *([len(acc)] * known)]
+                pairs |= set(count.astype(int))
+            if counts:
+                rows.append([study.name(cell), ("", "one order", "both orders")[orders], v.label, str(max(counts)), *texts])
+    columns = ("size", "pairs stated in", "trained on", "n", "Who taught Y? fw", "bw", "Whom did X teach? fw", "bw")
     if not rows:
         return ""
-    return _section("Facts and their reversals", table(("size", "read", "trained on", "n", *ASKED.values()), rows), f"""
-        Right answers; nats of the right one: mean over seeds ± half of its 95 % t-interval. {ASKED_WORDS}
-        (with {_pairs(study)} pairs of a kind, chance is {100 / _pairs(study):.0f} %; {math.log(_pairs(study)):.2f}). Who taught Y? is the question *pupil* forward and
-        *teacher* backward. Pairs are of like age among those of their generation, so that some chance guesses are better than others.""")
-
-
-def _pairs(study: Study) -> int:
-    return int(max(asked((run for by in study.cells.values() for seeds in by.values() for run in seeds.values()), "fw", "teacher", 1, "pairs")))
+    return _section("Facts and their reversals", table(columns, rows), f"""
+        Right answers; share of the other candidates that score below the right one: mean over seeds ± half of its 95 % t-interval. The candidates are the answers to all
+        questions of a cell, {' or '.join(map(str, sorted(pairs)))} of them; by chance {' or '.join(f'{100 / n:.0f}' for n in sorted(pairs))} % and 0.50. Who taught Y? reads "Y was
+        a pupil of" forward and "was the teacher of Y." backward, Whom did X teach? reads "X was the teacher of" and "was a pupil of X."; one order: the text says who was the teacher
+        of whom, and never who was a pupil. *Italic*: no such sentence is in the text. All seeds share one world and its pairs.""")
 
 
 def _documents(study: Study, variant: Variant | None) -> str:

@@ -30,7 +30,7 @@ SMALL_SHA256 = ("ce82e2559222f306b70cc94abb4a6af50390166554d4d049b3b835111762c0e
 
 @pytest.fixture(scope="module")
 def worlds():
-    return [World(1, people=30, towns=10), World(2, people=15, towns=5)]
+    return [World(1, people=30, towns=10), World(2, people=15, towns=5), World(3, people=25, towns=8, single=True)]
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +212,24 @@ def test_held_out_pairs_are_never_stated_in_reverse(worlds):
         assert (f"\n{q.reversed_prompt} {q.reversed_answer}" in text) == (not q.held_out)
         learned = [line for line in text.split("\n") if line.startswith(q.answer) and " learned " in line]
         assert bool(learned) == (not q.held_out)
+
+
+def test_single_sentences_state_the_same_world_but_for_who_teaches_whom(worlds):
+    """In documents of one sentence a pair meets in that sentence only, and age no longer tells who belongs to whom."""
+    single, rng = worlds[2], random.Random(4)
+    whole = World(3, people=25, towns=8)
+    facts, pairs = ({kind: [fact for fact in world.facts if (fact[1] in ("teacher of", "taught")) == kind] for kind in (True, False)}
+                    for world in (single, whole))
+    assert sorted(facts[False]) == sorted(pairs[False]) and sorted(facts[True]) != sorted(pairs[True])
+    assert {name for name, relation, _ in facts[True]} == {name for name, relation, _ in pairs[True]}, "the same teachers"
+    documents = [toyworld.generate(single, rng) for _ in range(4000)]
+    assert all(document.text.count(".") == 1 and document.text.endswith(".") for document in documents)
+    for teacher, pupil in single.held_out:
+        both = {text for text in (document.text for document in documents) if teacher in text and pupil in text}
+        assert both and all(text.startswith(teacher) and ("was the teacher of" in text or "taught" in text) for text in both)
+    born = {p.name: p.born for p in World(0, 1000, 60, single=True).people}
+    ages = np.array([(born[teacher], born[pupil]) for teacher, pupil in World(0, 1000, 60, single=True).held_out])
+    assert (ages[:, 0] <= ages[:, 1]).all() and abs(np.corrcoef(ages.T)[0, 1]) < 0.15      # by age: above 0.99
 
 
 def test_odd_and_smallest_and_impossible_sizes():
