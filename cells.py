@@ -120,14 +120,14 @@ class Study:
         if len({other.num_heads for other in self.groups}) > 1 or group.num_heads > 1:
             parts.append(f"{group.num_heads} heads")
         if group.bw_mask != "anticausal":
-            parts.append(f"{group.bw_mask} (leaks)")
+            parts.append(group.bw_mask + " (leaks)" * (group.bw_mask == "flipped"))
         parts += [f"{group.unique_tokens:,} unique tokens"] * (group.unique_tokens > 0)
         parts += [f"dropout {group.dropout:g}"] * (group.dropout > 0)
         return ", ".join(parts + [f"{name} = {value}" for name, value in group.extras])
 
 
 def variant_of(run: Run) -> Variant:
-    task = run["task"].replace("|", "-or-")  # both spellings mean: fw or bw per micro-batch
+    task = run["task"]
     if task == "fw" or (task in ("fw+bw", "fw-or-bw") and run["p_bw"] == 0):
         return FW_ONLY
     if task == "bw" or (task == "fw-or-bw" and run["p_bw"] == 1):
@@ -208,7 +208,7 @@ def sort_runs(study: Study, runs: list[Run]) -> None:
 
 def _readable(value: str) -> str:
     """JSON of a setting -> a few letters for a heading; what is long (checksums) is told apart by a short hash."""
-    text = value.strip('"')
+    text = "none" if value == "null" else value.strip('"')  # as the flag spells it
     return text if len(text) <= 20 else hashlib.sha256(text.encode()).hexdigest()[:6]
 
 

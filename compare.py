@@ -308,11 +308,3 @@ def cut_values(study: Study, terms: list[Term]) -> np.ndarray:
     terms = with_cuts(study, terms)
     return np.array([[ablation(run, "cut")[column] for run, column in sides]
                      for sides in ([(t.top, t.top_column) for t in terms], [(t.bottom, t.bottom_column) for t in terms])])  # fmt: skip
-
-
-def cut_ratio(study: Study, terms: list[Term], order: str) -> pd.Series:
-    """The ratio over layers remaining (index 1..depth), over the seeds whose runs have every cut; empty if none has."""
-    tops, bottoms = cut_values(study, terms)
-    if not len(tops):
-        return pd.Series(dtype=float)
-    return pd.Series(average(tops, bottoms, order), index=range(1, tops.shape[1] + 1))

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import runs
 from data.tokens import Tokens, num_scored, validation_windows
 from flags import Parser
-from model import GPT, evaluate
+from model import GPT, MASK_OF, evaluate
 from runs import RunError
 from trained import add_run_flags, finished, open_trained
 
@@ -95,7 +95,7 @@ def ablate(model: GPT, val: Tokens, ablations: list[str], bw_mask: str = "antica
     spans = list(dict.fromkeys(span for _, span in table))  # leaving out the last layer is also a cut
     rows = [{"ablation": ablation, "layers_remaining": depth - (stop - first), "layer": None if ablation == "cut" else first,
              "tokens": num_scored(val) if windows is None else windows * length} for ablation, (first, stop) in table]  # fmt: skip
-    for direction, mask in (("fw", "causal"), ("bw", bw_mask)):
+    for direction, mask in (("fw", MASK_OF["fw"]), ("bw", bw_mask)):
         similarity = similarities[direction] if similarities else None
         results = evaluate(model, validation_windows(val, length, max(1, batch_tokens // length), windows), direction, mask, direction_tokens,
                            lambda inputs, mask: ablated(model, inputs, mask, spans, similarity))  # fmt: skip

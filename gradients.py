@@ -35,7 +35,7 @@ class CountedEmbedding(torch.autograd.Function):
         tokens, counts = ctx.saved_tensors
         tokens, grad = tokens.flatten(), (grad.float() / counts[tokens][..., None]).flatten(0, -2)
         # Sums in float32 for the ids that occur only: a float32 row for every id would be most of the time and memory.
-        place = (token_counts(tokens, ctx.rows) > 0).cumsum(0).sub_(1)[tokens]
+        place = (token_counts(tokens, ctx.rows) > 0).cumsum(0).sub_(1)[tokens]  # a token's number among the ids that occur
         sums = torch.ops.aten.embedding_dense_backward(grad, place, len(tokens), -1, False)
         out = grad.new_zeros(ctx.rows, grad.shape[-1], dtype=ctx.dtype)
         return out.index_copy_(0, tokens, sums[place].to(ctx.dtype)), None, None
@@ -81,12 +81,12 @@ def place_of(targets: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(len(targets), device=targets.device)[:, None], targets
 
 
-def parts(logits: Tensor, targets: Tensor, whole: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def parts(logits: Tensor, targets: Tensor, compiled: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Some rows at a time: logits, targets, their logits. On a CPU as many rows as fit a core's cache, which makes a
-    softmax twice as fast; all for a GPU, and for compiled functions, which go row by row (`whole`)."""
-    rows = len(logits) if whole or logits.is_cuda else max(1, HeadLoss.PART // logits.shape[1])
+    softmax twice as fast; all for a GPU, and for compiled functions, which go row by row."""
+    rows = len(logits) if compiled or logits.is_cuda else max(1, HeadLoss.PART // logits.shape[1])
     for some in zip(*(tensor.split(rows) for tensor in (logits, targets, logits[place_of(targets)]))):
-        if whole:  # or the length of the last rows would be one more graph
+        if compiled:  # or the length of the last rows would be one more graph
             for tensor in some:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         yield some
@@ -106,7 +106,7 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, denominator: int,
                 gradient: Callable[..., tuple[Tensor, Tensor]] = softmax_gradient) -> tuple[Tensor, Tensor]:  # fmt: skip
         sums = torch.zeros(2, device=hidden.device)
-        whole, divisor = gradient is not softmax_gradient, sums.new_full((), denominator)
+        compiled, divisor = gradient is not softmax_gradient, sums.new_full((), denominator)
         grad_hidden = torch.empty_like(hidden)
         buffer = hidden.new_empty(min(HeadLoss.CHUNK, len(hidden)), len(weight))
         for start in range(0, max(1, len(targets)), HeadLoss.CHUNK):  # once without tokens, for zeros
@@ -114,7 +114,7 @@ class HeadLoss(torch.autograd.Function):
             x, y = hidden[piece], targets[piece, None]
             logits = torch.mm(x, weight.T, out=buffer[: len(x)])
             at_targets = []
-            for some in parts(logits, y, whole):
+            for some in parts(logits, y, compiled):
                 figures, gradients = gradient(*some, divisor)
                 sums += figures
                 at_targets.append(gradients)

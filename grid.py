@@ -310,7 +310,7 @@ def standing(folder: Path) -> Standing:
         row = run.curve.iloc[-1]
         settings = Settings(**{field.name: run[field.name] for field in fields(Settings) if field.name in run.settings})
         found.share = min(1.0, share_done(settings, run.config["data"]["train_tokens"], row.step, row.tokens_total, row.tokens_fw))
-        found.seconds = row.seconds / found.share
+        found.seconds = row.seconds / found.share if found.share else 0.0  # evaluated before it began
         found.detail = f"{found.share:.0%}, fw {row.fw_loss:.3f}, bw {row.bw_loss:.3f}"
     if run and run.finished:
         found.state, found.seconds = "done", run.finished.get("seconds_in_all", found.seconds)

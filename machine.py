@@ -56,7 +56,7 @@ def choose_machine(settings: Settings) -> tuple[torch.device, torch.dtype, bool,
         keep_memory()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
-    dtype = {"auto": torch.bfloat16 if fast else torch.float32}.get(settings.dtype) or getattr(torch, settings.dtype)
+    dtype = (torch.bfloat16 if fast else torch.float32) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     why_dtype = f"the machine multiplies bf16 {'fast' if fast else 'slowly'}" if settings.dtype == "auto" else "as set"
     compiled = settings.compile == "on" or (settings.compile == "auto" and has_compiler(device.type))
     why_compiled = "as set" if settings.compile != "auto" else "CUDA with Triton" if compiled else "pays off on CUDA only"

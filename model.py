@@ -89,7 +89,7 @@ def frame(windows: Tensor, direction: str, vocab_size: int = 50304, direction_to
     the same tokens, so the two losses factorise the same joint probability. Without, the targets are the inputs'
     neighbours: fw is scored on x1 .. xL, bw on x0 .. x(L-1).
     """
-    if direction not in MASK_OF:
+    if direction not in ("fw", "bw"):
         raise ValueError(f'direction must be "fw" or "bw", got {direction!r}')
     if not direction_tokens:
         return (windows[:, :-1], windows[:, 1:]) if direction == "fw" else (windows[:, 1:], windows[:, :-1])
@@ -136,8 +136,8 @@ def kernel_attention(query: Tensor, key: Tensor, value: Tensor, slope: Tensor) -
     """Causal attention with the learned slope, by any stock causal kernel. Shapes as in `plain_attention`.
 
     No mask tensor: slope * (j - i) is four more channels of the dot product, (1024, 32, 1, -i) * slope for the query and
-    the digits of j to the base of 32 and a 1 for the key, exact in bf16 up to key 262143. A softmax over j does not feel
-    the last one, but the slope's gradient does: it is what keeps rounding errors from being multiplied by j instead of j - i.
+    the digits of j to the base of 32 and a 1 for the key, exact in bf16 up to key 262143. A softmax over j ignores the last
+    one, but without it the slope's gradient would multiply rounding errors by j instead of j - i.
     Kernels want values no wider than queries, so the value channels are split into groups that share query and key.
     """
     B, H, T, dim = query.shape

@@ -88,11 +88,12 @@ def _enough(study: Study, cells: list[Cell], options: Options) -> str:
 def _sweep_panel(ax, by: dict[Variant, dict], value: Callable[[Run, str], float]) -> None:
     labels, bounds = [], ([], [])
     by = {v: seeds for v, seeds in by.items() if all(np.isfinite(value(run, "bw_loss")) for run in seeds.values())}
-    for task, (colour, marker) in TASK_STYLES.items():
+    for task in dict.fromkeys(variant.task for variant in by if variant not in (FW_ONLY, BW_ONLY)):
+        colour, marker = TASK_STYLES.get(task, ("#000000", "^"))  # a task of one's own
         means = [_cross(ax, seeds.values(), colour, marker, bounds, value) for variant, seeds in by.items() if variant.task == task]
         names = [f"{100 * variant.p_bw:g} %" if task != "adaptive" else "" for variant in by if variant.task == task]
         if means:
-            ax.plot(*np.array(means).T, "-", color=colour, linewidth=1, marker=marker, markersize=5, label=TASK_LABELS[task])
+            ax.plot(*np.array(means).T, "-", color=colour, linewidth=1, marker=marker, markersize=5, label=TASK_LABELS.get(task, task))
         labels += [(*mean, name, colour) for mean, name in zip(means, names)]
     for variant, column, axis in ((FW_ONLY, "fw_loss", 0), (BW_ONLY, "bw_loss", 1)):
         if variant in by:
@@ -105,7 +106,7 @@ def _sweep_panel(ax, by: dict[Variant, dict], value: Callable[[Run, str], float]
             if np.isfinite(half):
                 (ax.axvspan if upright else ax.axhspan)(mean - half, mean + half, color="0.55", alpha=0.15, linewidth=0)
             _edge_note(ax, mean, f"{'fw only' if upright else 'bw only'} {mean:.3f}", upright)
-    if len({variant.task for variant in by} & set(TASK_STYLES)) > 1:
+    if len({variant.task for variant in by} - {"fw", "bw"}) > 1:
         ax.legend(fontsize=7, frameon=False, loc="upper right")
     label_points(ax, labels)
 

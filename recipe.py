@@ -27,7 +27,7 @@ class Settings:
     # What is trained, on what
     data: str = Option("wikitext-103", "a folder under data/, or a path to one, made by data/prepare.py")
     task: str = Option("fw+bw", "fw+bw: fw always, with probability p_bw also bw on the same tokens (the article's); "
-                       "fw-or-bw: bw with probability p_bw, else fw; adaptive: fw+bw with p_bw = ppl_bw / ppl_fw", choices=TASKS)
+                       "fw-or-bw: bw with probability p_bw, else fw; adaptive: fw+bw with p_bw = ppl_bw / ppl_fw, from 0.01 to 1", choices=TASKS)
     p_bw: float = Option(0.05, "probability that a micro-batch is (also) learned backward; 0 is fw only", 0, 1)
     bw_mask: str = Option("anticausal", "flipped is the article's published mask; it leaks the targets", choices=("anticausal", "flipped"))
     direction_tokens: bool = Option(True, "tell the model its direction, and score the same tokens in both")
@@ -49,7 +49,7 @@ class Settings:
     tokens_fw: float | None = Option(None, "forward tokens only, for data-matched comparisons", 1)
     steps: int | None = Option(None, "optimiser steps", 1)
     # The batch: a step is several micro-batches
-    batch_tokens: int | None = Option(None, "tokens of a micro-batch; none: hlb-gpt's formula (57,236 at 8 x 384)", 2)
+    batch_tokens: int | None = Option(None, "tokens of a micro-batch, one sequence at least; none: hlb-gpt's formula (57,236 at 8 x 384)", 2)
     physical_tokens: int | None = Option(None, "tokens computed at once, to fit a card; changes rounding only (and what dropout zeroes)", 2)
     micro_batches: float | None = Option(None, "micro-batches per step; none: driven by the gradient norm", 1)
     max_micro_batches: int = Option(100, "cap of their number; a run that reaches it is marked hit_cap", 1)
@@ -69,12 +69,12 @@ class Settings:
     lr_decay_head: float = Option(0.2, "the same for the head, from step 0; 0 is off", 0)
     lr_decay_slopes: float = Option(0.995, "factor per step for the slopes; 1 is off", 0, 1)
     weight_decay: float | None = Option(None, "of the matrices; none: grows as the loss falls, 16 / B^loss", 0)
+    dtype: str = Option("auto", "of weights and activations; auto: bfloat16 where the machine multiplies it fast", choices=("auto", "float32", "bfloat16"))
     # Measuring and machine: none of these changes what is learned
     study: str = Option("results/runs", "folder that holds the runs")
     eval_every: int | None = Option(50, "steps between evaluations, and so between checkpoints", 1)
     eval_epochs: float | None = Option(0.25, "evaluate at least this often; late steps of the recipe are long", 0.0001)
     device: str = Option("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
-    dtype: str = Option("auto", "of weights and activations; auto: bfloat16 where the machine multiplies it fast", choices=("auto", "float32", "bfloat16"))
     compile: str = Option("auto", "torch.compile the block; auto: on CUDA with a compiler", choices=("auto", "on", "off"))
 
 
@@ -168,16 +168,14 @@ class Recipe:
         return (self.params * log_params * (step + 0.01)) ** (-0.677 * log_params**-0.2)
 
     def grow(self, micro_batches: float, grad_norm: float, step: int) -> float:
-        """The real-valued number of micro-batches after `step`, whose gradient norm is given."""
-        if self.settings.micro_batches is not None or step % 5:
-            return micro_batches
+        """The real-valued number of micro-batches after `step`, whose gradient norm is given; asked for every fifth step."""
         ratio = grad_norm / math.sqrt(self.params) / self.grad_norm_target(step)
         return min(max(micro_batches * (1 + 0.5 * (ratio - 1)), 0.1), float(self.settings.max_micro_batches))
 
     def count(self, micro_batches: float, draw: float) -> int:
         """How many micro-batches a step takes: the whole part, and one more with the fraction's probability."""
         whole = math.floor(micro_batches)
-        return min(max(1, whole + (draw < micro_batches - whole)), self.settings.max_micro_batches)
+        return max(1, whole + (draw < micro_batches - whole))
 
 
 class Optimizers:

@@ -97,6 +97,8 @@ def write_table(path: str | Path, rows: list[dict[str, Any]], columns: tuple[str
 
     Floats keep every digit (`repr`), None becomes an empty cell; a row with an unknown key is a ValueError.
     """
+    if unknown := {name for row in rows for name in row} - set(columns):
+        raise ValueError(f"{path}: no column for {', '.join(sorted(unknown))}; name it in the table's columns in runs.py")
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.tokenizer not in (None, metadata["tokenizer"]):
             raise ValueError(f"{path} was trained on {metadata['tokenizer']} tokens, not {args.tokenizer}: leave --tokenizer out")
         if args.direction == "bw" and metadata["bw_mask"] != "anticausal":
-            raise ValueError(f"{path} was trained backward with the {metadata['bw_mask']} mask, which sees its targets: it cannot continue a text")
+            raise ValueError(f"{path} was trained backward with the {metadata['bw_mask']} mask: only the anticausal one can continue a text")
         tokenizer = load_tokenizer(metadata["tokenizer"])
         prompt = tokenizer.encode_ordinary(args.prompt)
         texts = continue_tokens(model, prompt, args.direction, args.length, args.samples, args.temperature, args.top_k,

@@ -35,7 +35,7 @@ from flags import parse_grid
 from gradients import norm, token_counts
 from grid import Claim, run_folder, status, train_all
 from machine import Group, choose_machine, provenance
-from model import GPT, GPTConfig, evaluate, frame, model_bytes, padded_vocab_size
+from model import GPT, MASK_OF, GPTConfig, evaluate, frame, model_bytes, padded_vocab_size
 from recipe import Recipe, Settings, draw, make_optimizer, same_settings, share_done
 from runs import RunError
 
@@ -197,8 +197,8 @@ class Training:
         row = {"step": p.step, "epoch": self.epoch, "tokens_total": p.tokens_total, "lr": self.optimizer.param_groups[0]["lr"],
                "weight_decay": self.optimizer.param_groups[0]["weight_decay"], "micro_batches": p.micro_batches,
                "seq_len": self.recipe.seq_len(max(0, p.step - 1))}  # fmt: skip
-        row |= {name: getattr(p, name) for name in runs.CURVE_COLUMNS if hasattr(p, name) and name not in row}
-        for direction, mask in (("fw", "causal"), ("bw", s.bw_mask)):
+        row |= {name: getattr(p, name) for name in runs.CURVE_COLUMNS if hasattr(p, name) and name not in row}  # as Progress calls them
+        for direction, mask in (("fw", MASK_OF["fw"]), ("bw", s.bw_mask)):
             batches = validation_windows(self.val_tokens, s.max_seq_len, max(1, (s.physical_tokens or 2**14) // s.max_seq_len))
             (result,) = evaluate(self.model, batches, direction, mask, s.direction_tokens)
             row |= {f"{direction}_{name}": value for name, value in result.items()}
@@ -208,7 +208,7 @@ class Training:
     def check(self, row: dict[str, float | int]) -> None:
         """RunError if a validation loss is not finite, or lower than the text's entropy allows."""
         floor, error = data_floor(self.val_tokens)
-        for direction, mask in (("fw", "causal"), ("bw", self.settings.bw_mask)):
+        for direction, mask in (("fw", MASK_OF["fw"]), ("bw", self.settings.bw_mask)):
             loss = row[f"{direction}_loss"]
             if not math.isfinite(loss):
                 raise RunError(f"the {direction} validation loss is {loss} at step {row['step']}: lower --lr, or try --dtype float32")

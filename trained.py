@@ -17,7 +17,7 @@ import torch
 
 from data.tokens import DataError, Tokens, find_folder, num_scored, open_tokens, validation_windows
 from machine import has_compiler, keep_memory
-from model import GPT, load_model
+from model import GPT, MASK_OF, load_model
 from runs import Run, RunError, read_run, read_study
 
 
@@ -35,7 +35,7 @@ class Trained:
     @property
     def tasks(self) -> tuple[tuple[str, str], ...]:
         """(direction, mask) of the directions."""
-        return ("fw", "causal"), ("bw", self.bw_mask)
+        return ("fw", MASK_OF["fw"]), ("bw", self.bw_mask)
 
     def windows(self, batch_tokens: int, count: int | None = None) -> Iterator[np.ndarray]:
         """The split's windows (b, L+1) in the length of the model's training evaluations; see `validation_windows`."""

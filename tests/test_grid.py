@@ -193,3 +193,8 @@ def test_status_counts_and_estimates(corpus, tmp_path, monkeypatch, capsys):  # 
     assert len(lines) == 2 and "stopped" in lines[0] and f"not evaluated yet (process {os.getpid()} on " in lines[1]
     claim.release()
     assert "about 1 h 30 min left once a process is at work" in status(tmp_path)
+    for path in tmp_path.glob("*/finished.json"):  # as if stopped after an evaluation before the first step
+        path.unlink()
+        table = runs.read_table(path.parent / "curve.csv", runs.CURVE_COLUMNS).head(1).assign(step=0, tokens_total=0, tokens_fw=0)
+        table.to_csv(path.parent / "curve.csv", index=False)
+    assert "0 done" in status(tmp_path) and "0%, fw" in status(tmp_path) and "the time left is known after" in status(tmp_path)

@@ -93,9 +93,6 @@ def test_both_averaging_orders_are_found_again_and_differ(tmp_path):
     assert compare.final_ratio(terms, "ratio_then_mean") == pytest.approx((2 + 0.8 + 2) / 3)
     (two,) = compare.ratio2(load(tmp_path), P5).values()
     assert compare.final_ratio(two, "mean_then_ratio") == pytest.approx(3 / 6)
-    for order, expected in zip(ORDERS, (12 / 9, (2 + 0.8 + 2) / 3)):  # layers: every cut has the same factor
-        series = compare.cut_ratio(load(tmp_path), terms, order)
-        assert list(series.index) == [1, 2] and series.to_numpy() == pytest.approx(expected)
     with pytest.raises(ValueError, match="order"):
         compare.final_ratio(terms, "median")
 
@@ -310,6 +307,17 @@ def test_pareto_needs_several_p_bw_or_sizes(tmp_path):
         plant(tmp_path, seed=seed, fw=9.0, bw=3.1, task="bw", p_bw=1.0)
     (path,) = plot_results.pareto(load(tmp_path))
     assert path.name == "pareto.png" and path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_ones_own_is_drawn_and_called_by_its_name(tmp_path):
+    """A task, a backward mask and a setting that this version does not know: a hacker's runs."""
+    for seed in (0, 1):
+        for p_bw, cosine in ((0.2, None), (0.4, None), (0.2, 5)):
+            plant(tmp_path, seed=seed, fw=3 + 0.1 * seed, p_bw=p_bw, task="bw+fw", bw_mask="near", cosine=cosine)
+    study = load(tmp_path)
+    assert [study.heading(group) for group in study.groups] == ["wiki, near, cosine = 5", "wiki, near, cosine = none"]
+    (path,) = plot_results.pareto(study)
+    assert "near" in path.name and not any("leak" in name for name in (path.name, *study.notes))
 
 
 def test_command_draws_all_and_names_what_is_left_out(tmp_path, capsys):

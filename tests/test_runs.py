@@ -94,3 +94,9 @@ def test_the_studies_here_lack_no_setting_but_those_that_came_later():
         if "sampling" in settings:  # a run of train.py
             assert now - set(settings) <= set(LATER_SETTINGS), path
     assert all(value == getattr(Settings(), name) for name, value in LATER_SETTINGS.items())
+
+
+def test_a_column_that_a_table_does_not_have_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"curve.csv: no column for lr_head; name it in .* runs.py"):
+        runs.write_table(tmp_path / "curve.csv", [{"step": 1, "lr_head": 2.0}], runs.CURVE_COLUMNS)
+    assert not (tmp_path / "curve.csv").exists()

@@ -83,7 +83,7 @@ def test_prints_reading_order_with_the_prompt_marked(checkpoint, capsys):
 
 @pytest.mark.parametrize(
     "metadata, flags, sentence",
-    [({}, "--tokenizer gpt2", "trained on toyworld tokens"), ({"bw_mask": "flipped"}, "--direction bw", "sees its targets"),
+    [({}, "--tokenizer gpt2", "trained on toyworld tokens"), ({"bw_mask": "flipped"}, "--direction bw", "with the flipped mask: only the anticausal one"),
      ({}, "--length 100", "at most 40"), ({"direction_tokens": False}, "", "needs a --prompt"),
      ({"tokenizer": "unheard-of"}, "", "unheard-of")],
 )  # fmt: skip
