@@ -146,20 +146,19 @@ def plant_answers(folder, acc, kinds=(1, 2)):
 
 
 def drawn(monkeypatch, study):
-    """What the figures show: {panel title: [(x, y, filled?) of each line with a marker of size 7]}, the label texts, the captions."""
+    """What the figures show: each panel's [(x, y, filled?) of lines with a marker of size 7], the intervals' lengths, the texts; the captions."""
     found, captions = [], []
 
     def keep(study, figure, group, name, title, caption, save=plot_reversal.save):
-        panels = {ax.get_title(loc="left"): [(np.round(line.get_xdata()).tolist(), np.round(line.get_ydata(), 6).tolist(), line.get_markerfacecolor() != "white")
-                                             for line in ax.lines if line.get_markersize() == 7] for ax in figure.axes}  # fmt: skip
+        panels = [(ax.get_title(loc="left"), [(np.round(line.get_xdata()).tolist(), np.round(line.get_ydata(), 6).tolist(), line.get_markerfacecolor() != "white")
+                                              for line in ax.lines if line.get_markersize() == 7]) for ax in figure.axes]  # fmt: skip
         intervals = [np.ptp(segment[:, 1]) for ax in figure.axes for some in ax.collections for segment in some.get_segments() if len(segment)]
         found.append((panels, intervals, [text.get_text() for ax in figure.axes for text in ax.texts]))
         captions.append(caption)
         return save(study, figure, group, name, title, caption)
 
     monkeypatch.setattr(plot_reversal, "save", keep)
-    paths = plot_reversal.reversal(study)
-    return paths, found, captions
+    return plot_reversal.reversal(study), found, captions
 
 
 def test_planted_answers_are_drawn_and_told(tmp_path, monkeypatch):
@@ -175,13 +174,13 @@ def test_planted_answers_are_drawn_and_told(tmp_path, monkeypatch):
 
     (path,), ((panels, intervals, texts),), (caption,) = drawn(monkeypatch, study)
     assert path.name == f"reversal_{cell.depth}x{cell.width}.png" and "n = 2 seeds (0, 1)" in caption
-    assert [title.split(" (")[0] for title in panels] == ["Who taught Y?"] * 2 + ["Whom did X teach?"] * 2
-    who, who_both, whom, _ = panels.values()
+    assert [title for title, _ in panels] == ["Who taught Y?"] * 2 + ["Whom did X teach?"] * 2
+    (_, who), (_, who_auc), (_, whom), _ = panels
     assert who == [([0, 1], pytest.approx([0.14, 0.4]), False), ([1, 2], pytest.approx([0.41, 0.62]), True)], "fw never stated, bw stated"
-    assert who_both == [([0, 1], pytest.approx([0.04, 0.3]), True), ([1, 2], pytest.approx([0.31, 0.52]), True)]
+    assert who_auc == [([0, 1], pytest.approx([0.96, 0.7]), False), ([1, 2], pytest.approx([0.7, 0.49]), True)]
     assert whom == [([0, 1], pytest.approx([0.16, 0.42]), True), ([1, 2], pytest.approx([0.43, 0.64]), False)]
     assert len(intervals) == 16 and min(intervals) > 0.1, "0.02 apart is 0.25 wide"
-    assert texts.count("chance: 0.02") == 4
+    assert texts.count("chance: 0.02") == texts.count("chance: 0.50") == 2
 
     text = study_readme.markdown(study)
     lines = [line.split(" | ") for line in text.split("\n") if line.startswith(f"| {cell.label} | ") and "%" in line]
@@ -198,4 +197,4 @@ def test_a_study_that_was_not_asked_and_a_world_of_one_pair(tmp_path, monkeypatc
     assert "Facts and their reversals" not in study_readme.markdown(study)
     plant_answers(folder, 0.3, kinds=(1,))
     _, ((panels, _, _),), _ = drawn(monkeypatch, load(tmp_path))
-    assert len(panels) == 2 and "both orders" not in study_readme.markdown(load(tmp_path)).split("Facts and their")[1].split("Right answers")[0]
+    assert len(panels) == 4 and "both orders" not in study_readme.markdown(load(tmp_path)).split("Facts and their")[1].split("Right answers")[0]
