@@ -309,17 +309,6 @@ def test_pareto_needs_several_p_bw_or_sizes(tmp_path):
     assert path.name == "pareto.png" and path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_ones_own_is_drawn_and_called_by_its_name(tmp_path):
-    """A task, a backward mask and a setting that this version does not know: a hacker's runs."""
-    for seed in (0, 1):
-        for p_bw, cosine in ((0.2, None), (0.4, None), (0.2, 5)):
-            plant(tmp_path, seed=seed, fw=3 + 0.1 * seed, p_bw=p_bw, task="bw+fw", bw_mask="near", cosine=cosine)
-    study = load(tmp_path)
-    assert [study.heading(group) for group in study.groups] == ["wiki, near, cosine = 5", "wiki, near, cosine = none"]
-    (path,) = plot_results.pareto(study)
-    assert "near" in path.name and not any("leak" in name for name in (path.name, *study.notes))
-
-
 def test_command_draws_all_and_names_what_is_left_out(tmp_path, capsys):
     plant_pairs(tmp_path / "s", (3.0, 3.1), (2.9, 3.1), (0, 1), epochs=0.8, evaluations=5)
     plant(tmp_path / "s", seed=2, finished=False)
