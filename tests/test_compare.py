@@ -11,6 +11,7 @@ from conftest import ROOT
 from test_plot_results import P5, plant, plant_pairs
 
 import article
+import compare
 import measures
 import plot_results
 import runs
@@ -39,6 +40,17 @@ def study_of(found, budget="tokens"):
     study = Study(Path("study"), {}, budget=budget)
     sort_runs(study, found)
     return study
+
+
+def test_windows_of_training_are_within_it():
+    """Ten evaluations to an epoch. Training that ends with its first epoch has no early part; what was asked for must be covered."""
+    for evaluations, early in ((8, False), (10, False), (11, True), (20, True)):
+        (terms,) = ratio1(study_of([in_memory(p_bw, 0, [3.0] * evaluations) for p_bw in (0.0, 0.05)]), P5).values()
+        found = compare.windows(terms)
+        end = evaluations / 10
+        assert found == ({"early": (0.1, 1.0)} if early else {}) | {"all": (0.1, end), "late": (max(0.1, end / 2), end)}
+    assert compare.windows(terms, asked=(0.0, 2.02)) == {"epochs 0 to 2.02": (0.0, 2.02)}, "to within 1 %"
+    assert compare.windows(terms, asked=(1.0, 2.03)) == {} == compare.windows(terms, asked=(0.0, 0.19))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
