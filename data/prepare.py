@@ -119,7 +119,7 @@ def report(meta: dict, args: argparse.Namespace, out: Path) -> None:
         if published and published != entry["tokens"]:
             print(f"  note: the published {name} split of {args.source} has {published:,} tokens")
     standard = out.parent == ROOT / "data"
-    settings = " with the settings of the Makefile, or make demo" if args.source in TOYWORLDS else ""
+    settings = ", with settings for small models as in the Makefile" if args.source in TOYWORLDS else ""
     print(f"next: python train.py --data {out.name if standard else out}{settings}")
 
 
