@@ -174,6 +174,13 @@ def test_every_path_has_the_formulas_gradients(path):
         assert (found[name] - gradient).norm() <= 1e-3 * gradient.norm(), name
 
 
+def test_the_bias_of_every_mask_by_hand(x=-math.inf, at=torch.arange(3)):
+    """Nearer positions weigh more, on both sides where both are seen; the published mask counts from the end of its square."""
+    truth = {"causal": [[0, x, x], [-2, 0, x], [-4, -2, 0]], "anticausal": [[0, -2, -4], [x, 0, -2], [x, x, 0]],
+             "none": [[0, -2, -4], [-2, 0, -2], [-4, -2, 0]], "flipped": [[-6, -4, -2], [-4, -2, 0], [-2, 0, x]]}  # fmt: skip
+    assert {mask: position_bias(mask, torch.tensor(2.0), at, at, 4).tolist() for mask in MASKS} == truth
+
+
 def test_positions_by_kernel_are_exact_in_bf16_beyond_8192():
     """The digits of a position must each be exact: with two of them, keys beyond 8191 fell onto their neighbours."""
     length, slope = 8192 + 512, torch.tensor(0.3)

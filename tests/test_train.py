@@ -64,6 +64,8 @@ def test_the_recipes_constants():
     assert recipe.base_lr == pytest.approx(2.52587e-3, rel=1e-5)
     assert recipe.decay_base == pytest.approx(7.22228, rel=1e-6)
     assert recipe.batch_tokens == 57_236
+    assert [Recipe(Settings(), params).batch_tokens for params in (626_443_808, 20_239_300)] == [18_511, 65_250]
+    assert Recipe(Settings(batch_tokens=8, seq_len=32), N).batch(0) == 1
     assert recipe.grad_norm_target(0) == pytest.approx(2.31964e-3, rel=1e-5)
     assert recipe.grad_norm_target(100) == pytest.approx(6.9215e-5, rel=1e-4)
 
