@@ -107,6 +107,26 @@ def test_a_loss_of_a_diverging_run_is_survived():
     assert recipe.weight_decay(3.3) == 16 / recipe.decay_base**3.3
 
 
+@pytest.mark.parametrize("task", ["fw+bw", "bw"])
+def test_weight_decay_follows_the_fw_loss_of_the_step_before_and_is_that_of_the_matrices(corpus, monkeypatch, task):
+    """Undivided, of the step's last micro-batch, as hlb-gpt has it; bw loss only where fw is not trained."""
+    one_pass, passes, decays = train.Training.one_pass, [], []
+
+    def noted(training, windows, direction, share):
+        passes.append((direction, sums := one_pass(training, windows, direction, share)))
+        return sums
+    monkeypatch.setattr(train.Training, "one_pass", noted)
+    settings = Settings(data=str(corpus), task=task, p_bw=1.0, depth=1, width=16, max_seq_len=32, batch_tokens=128, micro_batches=2, lr=0.01)
+    training = train.Training(settings, torch.device("cpu"), torch.float32, False)
+    for _ in range(3):
+        training.step()
+        groups = {group["name"]: group["weight_decay"] for group in training.optimizer.param_groups}
+        decays.append(groups.pop("matrices"))
+        assert set(groups.values()) == {0.0}
+    losses = [sums[0].item() for direction, sums in passes if direction == task[:2]][1::2]
+    assert decays == [16.0, *(pytest.approx(training.recipe.weight_decay(loss), rel=1e-5) for loss in losses[:2])]
+
+
 def test_every_schedule_can_be_fixed():
     recipe = Recipe(Settings(lr=0.5, warmup_steps=0, lr_decay=0, lr_decay_head=0, lr_decay_slopes=1, weight_decay=0.1, seq_len=64,
                              micro_batches=3, batch_tokens=640), N)  # fmt: skip
