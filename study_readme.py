@@ -223,11 +223,12 @@ def _reversal(study: Study) -> str:
     columns = ("size", "pairs stated in", "trained on", "n", "Who taught Y? fw", "bw", "Whom did X teach? fw", "bw")
     if not rows:
         return ""
+    counts, chances = (" or ".join(words) for words in ((str(n) for n in sorted(pairs)), (f"{100 / n:.0f}" for n in sorted(pairs))))
     return _section("Facts and their reversals", table(columns, rows), f"""
-        Right answers; share of the other candidates that score below the right one: mean over seeds ± half of its 95 % t-interval. The candidates are the answers to all
-        questions of a cell, {' or '.join(map(str, sorted(pairs)))} of them; by chance {' or '.join(f'{100 / n:.0f}' for n in sorted(pairs))} % and 0.50. Who taught Y? reads "Y was
-        a pupil of" forward and "was the teacher of Y." backward, Whom did X teach? reads "X was the teacher of" and "was a pupil of X."; one order: the text says who was the teacher
-        of whom, and never who was a pupil. *Italic*: no such sentence is in the text. All seeds share one world and its pairs.""")
+        Right answers; share of the other candidates that score below the right one: mean over seeds ± half of its 95 % t-interval. The candidates
+        are the answers to all questions of a cell, {counts} of them; by chance {chances} % and 0.50. Who taught Y? reads "Y was a pupil of" forward
+        and "was the teacher of Y." backward, Whom did X teach? reads "X was the teacher of" and "was a pupil of X."; one order: the text says who
+        was the teacher of whom, and never who was a pupil. *Italic*: no such sentence is in the text. All seeds share one world and its pairs.""")
 
 
 def _documents(study: Study, variant: Variant | None) -> str:
