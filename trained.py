@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from data.tokens import DataError, Tokens, find_folder, num_scored, open_tokens, validation_windows
-from machine import has_compiler, keep_memory
+from machine import has_compiler, tune_cpu
 from model import GPT, MASK_OF, load_model
 from runs import Run, RunError, read_run, read_study
 
@@ -68,7 +68,7 @@ def open_trained(run: Run, device: str, data: str | None = None) -> Trained:
     if device == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda: torch sees no CUDA device here; use --device cpu")
     if device == "cpu":
-        keep_memory()
+        tune_cpu()
     model, metadata = load_model(run.folder / "model.safetensors", device)
     if has_compiler(device):
         model.compile_parts()
