@@ -43,7 +43,7 @@ from bench_work import Reference, flops, large_product, matrix_products
 from data.encode import tokenizer_of
 from data.prepare import main as prepare
 from data.sources import local_splits
-from data.tokens import OfflineError
+from data.tokens import DataError, OfflineError
 from eval_layers import ablate
 from flags import Parser
 from machine import choose_machine, provenance
@@ -305,7 +305,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     try:
         path = None if args.report else run(args, shlex.join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)]))
         bench_report.write(args.out)
-    except (RunError, OfflineError, ValueError, OSError) as error:
+    except (RunError, DataError, OfflineError, OSError) as error:
         raise SystemExit(f"bench.py: {error}") from None
     return path
 

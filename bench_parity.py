@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> Path:
             print(bench_report.parity_words(asdict(way), rows), flush=True)
         with suppress(RunError):  # a folder without a measurement of speed has no figure
             bench_report.write(args.out)
-    except (RunError, ValueError, OSError) as error:
+    except (RunError, OSError) as error:
         raise SystemExit(f"bench_parity.py: {error}") from None
     return path
 

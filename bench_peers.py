@@ -22,15 +22,16 @@ import torch
 
 from bench_report import HLB_BF16
 from bench_work import bf16_attention
+from runs import RunError
 
 Step = Callable[[], None]
 
 
 def find(folder: Path) -> dict[str, Path]:
-    """{name: file} of the peers in `folder`. ValueError if there is none."""
+    """{name: file} of the peers in `folder`. RunError if there is none."""
     files = {"hlb-gpt": folder / "hlb-gpt" / "main.py", "nanoGPT": folder / "nanoGPT" / "model.py"}
     if not any(path.exists() for path in files.values()):
-        raise ValueError(f"--peers {folder}: neither {' nor '.join(map(str, files.values()))} exists; bench_peers.py says how to get them")
+        raise RunError(f"--peers {folder}: neither {' nor '.join(map(str, files.values()))} exists; bench_peers.py says how to get them")
     return {name: path for name, path in files.items() if path.exists()}
 
 
@@ -56,7 +57,7 @@ def hlb_module(path: Path, depth: int, width: int, data: dict[str, torch.Tensor]
     """
     source, start, _ = path.read_text().partition('\nif __name__ == "__main__":')
     if not start or not all(old in source for old in changes):
-        raise ValueError(f"{path} is not hlb-gpt's main.py of version 0.4.1")
+        raise RunError(f"{path} is not hlb-gpt's main.py of version 0.4.1")
     module = {"__name__": "hlb_gpt"}
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(StringIO()):
         file = Path(temporary) / "data.pt"

@@ -37,8 +37,8 @@ from bench_work import bf16_attention
 from data.tokens import DataError, OfflineError, find_folder, open_tokens, validation_windows
 from flags import Parser
 from machine import choose_machine, provenance
-from model import GPT, GPTConfig, padded_vocab_size
-from recipe import Recipe, Settings, resolve
+from model import GPT, padded_vocab_size
+from recipe import Recipe, Settings, resolve, shape
 from runs import RunError, read_run, write_json
 from train import main as train
 
@@ -124,10 +124,10 @@ def run(args: argparse.Namespace, command: str) -> Path:
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     peer = args.peers / "hlb-gpt" / "main.py"
     if not peer.exists():
-        raise ValueError(f"--peers {args.peers}: there is no {peer}; bench_peers.py says how to get it")
+        raise RunError(f"--peers {args.peers}: there is no {peer}; bench_peers.py says how to get it")
     settings = resolve(Settings(**given))
     vocab_size = padded_vocab_size(open_tokens(find_folder(settings.data), "train").meta["vocab_size"])
-    params = GPT(GPTConfig(args.depth, args.width, vocab_size=vocab_size, max_seq_len=args.max_seq_len)).num_params()
+    params = GPT(shape(settings, vocab_size)).num_params()
     settings = replace(settings, batch_tokens=Recipe(settings, params).batch_tokens)
     device, _, _, machine = choose_machine(settings)
     print(machine, "hlb-gpt's own code:", sep="\n")
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> Path:
         path = run(args, shlex.join(["python", "bench_race.py", *(sys.argv[1:] if argv is None else argv)]))
         with suppress(RunError):  # a folder of races alone has no figure
             bench_report.write(args.out)
-    except (RunError, DataError, OfflineError, ValueError, OSError) as error:
+    except (RunError, DataError, OfflineError, OSError) as error:
         raise SystemExit(f"bench_race.py: {error}") from None
     return path
 

@@ -73,9 +73,9 @@ def ratio2(study: Study, variant: Variant | None, metric: str = "loss") -> Ratio
     }  # fmt: skip
 
 
-def ratio2_separate(study: Study, metric: str = "loss") -> Ratios:
-    """metric_fw of the fw-only model / metric_bw of the bw-only model with the same seed."""
-    return paired(study, FW_ONLY, f"fw_{metric}", BW_ONLY, f"bw_{metric}", _with_bw_only(study))
+def ratio2_separate(study: Study) -> Ratios:
+    """fw loss of the fw-only model / bw loss of the bw-only model with the same seed."""
+    return paired(study, FW_ONLY, "fw_loss", BW_ONLY, "bw_loss", _with_bw_only(study))
 
 
 def bw_against_bw_only(study: Study, variant: Variant | None) -> Ratios:
@@ -186,9 +186,9 @@ def windows(terms: list[Term], x: str = "epoch", asked: tuple[float, float] | No
     return early | {"all": (start, end), "late": (max(start, end / 2), end)}
 
 
-def window_log_ratios(terms: list[Term], window: tuple[float, float], x: str = "epoch") -> np.ndarray:
-    """(seeds,): the log-ratio averaged over 500 points of a window; empty if the runs do not overlap in it."""
-    _, top, bottom = ratio_curve(terms, x, window)
+def window_log_ratios(terms: list[Term], window: tuple[float, float]) -> np.ndarray:
+    """(seeds,): the log-ratio averaged over 500 points of a window of epochs; empty if the runs do not overlap in it."""
+    _, top, bottom = ratio_curve(terms, "epoch", window)
     return np.log(top / bottom).mean(1) if top.size else np.empty(0)
 
 

@@ -124,12 +124,12 @@ def runs_of(ratios: Ratios) -> list[Run]:
     return [run for terms in ratios.values() for term in terms for run in (term.top, term.bottom)]
 
 
-def meaning(name: str, metric: str, label: str, direction: str = "fw") -> str:
+def meaning(name: str, metric: str, label: str) -> str:
     word = METRIC_LABELS[metric]
     if name == "ratio2":
         return f"Ratio 2 = fw {word} / bw {word} of the models with {label}."
     better = "below" if metric == "acc" else "above"
-    formula = f"Ratio 1 = {direction} {word} (p_bw = 0) / {direction} {word} ({label})"
+    formula = f"Ratio 1 = fw {word} (p_bw = 0) / fw {word} ({label})"
     return f"{formula}, {better} 1: the two-direction model is better."
 
 
@@ -237,7 +237,7 @@ def label_ends(ax, labels: list[tuple[float, str, str]], gap: float = 0.055) -> 
         ax.text(1.018, place, text + arrow, color=colour, fontsize=7.5, va="center", transform=ax.transAxes)
 
 
-def label_points(ax, points: list[tuple[float, float, str, str]], size: float = 7) -> None:
+def label_points(ax, points: list[tuple[float, float, str, str]]) -> None:
     """Labels (x, y, text, colour) beside their points, each at the nearest place where it meets no label and no point.
 
     Without such a place inside the panel, the least crowded one. Call it last: it needs the panel's final limits.
@@ -248,7 +248,7 @@ def label_points(ax, points: list[tuple[float, float, str, str]], size: float = 
     there = [*ax.texts, *([ax.get_legend()] if ax.get_legend() else [])]
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots] + [tuple(thing.get_window_extent(renderer).extents) for thing in there]
     for (x, y), (*place, text, colour) in zip(spots, points):
-        probe = ax.text(*place, text, fontsize=size)
+        probe = ax.text(*place, text, fontsize=7)
         width, height = probe.get_window_extent(renderer).width + 4, probe.get_window_extent(renderer).height
         probe.remove()
         options = []
@@ -262,7 +262,7 @@ def label_points(ax, points: list[tuple[float, float, str, str]], size: float = 
         taken.append(corners)
         offset = ((corners[0] + 2 - x) / per_point, (corners[1] - y) / per_point)
         leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 3} if distance > 15 else None
-        ax.annotate(text, place, offset, textcoords="offset points", fontsize=size, color=colour, arrowprops=leader)
+        ax.annotate(text, place, offset, textcoords="offset points", fontsize=7, color=colour, arrowprops=leader)
 
 
 def _crowding(box: tuple[float, ...], taken: list[tuple[float, ...]]) -> float:

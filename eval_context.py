@@ -33,7 +33,7 @@ from tqdm import tqdm
 import runs
 from data.tokens import DataError, Tokens
 from flags import Parser
-from model import GPT, frame
+from model import GPT, ModelError, frame
 from runs import RunError
 from trained import Trained, add_run_flags, finished, open_trained
 
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         for run in tqdm(finished(args.folders, tqdm.write), unit="run", leave=False):
             tqdm.write(evaluate_run(run, args.device, args.batch_tokens, args.data, args.windows, args.again))
-    except (RunError, ValueError, OSError) as error:
+    except (RunError, DataError, ModelError, OSError) as error:
         raise SystemExit(str(error)) from None
 
 

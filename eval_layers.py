@@ -29,9 +29,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runs
-from data.tokens import Tokens, num_scored, validation_windows
+from data.tokens import DataError, Tokens, num_scored, validation_windows
 from flags import Parser
-from model import GPT, MASK_OF, evaluate
+from model import GPT, MASK_OF, ModelError, evaluate
 from runs import RunError
 from trained import add_run_flags, finished, open_trained
 
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
                 tqdm.write(f"{run.folder}: a model of depth {run['depth']} has no such layers to leave out")
             else:
                 tqdm.write(f"{run.folder}: done before (--again measures once more)")
-    except (RunError, ValueError, OSError) as error:
+    except (RunError, DataError, ModelError, OSError) as error:
         raise SystemExit(str(error)) from None
 
 

@@ -33,7 +33,7 @@ import runs
 from data.tokens import DataError
 from data.toyworld import Question, World, encoding, questions
 from flags import Parser
-from model import GPT, MASK_OF
+from model import GPT, MASK_OF, ModelError
 from runs import RunError
 from trained import Trained, add_run_flags, finished, open_trained
 
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         for run in tqdm(finished(args.folders, tqdm.write), unit="run", leave=False):
             tqdm.write(evaluate_run(run, args.device, args.batch_tokens, args.again))
-    except (RunError, ValueError, OSError) as error:
+    except (RunError, DataError, ModelError, OSError) as error:
         raise SystemExit(str(error)) from None
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import runs
+from data.tokens import DataError
 from machine import Group
 from recipe import OPERATIONAL, Settings, resolve, share_done
 from runs import RunError
@@ -239,7 +240,7 @@ def train_all(wanted: list[Settings], train: Callable, group: Group) -> list[dic
         try:
             settings = resolve(settings)
             named[run_folder(settings)] = settings
-        except ValueError as error:
+        except DataError as error:
             failed.append(str(error))
     grid = group.together(lambda: Grid(named) if group.rank == 0 else None)
     try:
@@ -248,7 +249,7 @@ def train_all(wanted: list[Settings], train: Callable, group: Group) -> list[dic
                 train(named[folder], folder, group, grid and grid.claim)
             except LostClaim as error:  # the other finishes it
                 group.say(str(error))
-            except (RuntimeError, ValueError, OSError) as error:
+            except (RuntimeError, DataError, OSError) as error:
                 reason = explain(error, named[folder], group)
                 group.say(f"{folder.name} failed: {reason}" if len(named) > 1 else "")
                 if grid:
@@ -269,7 +270,7 @@ def train_all(wanted: list[Settings], train: Callable, group: Group) -> list[dic
 
 def explain(error: Exception, settings: Settings, group: Group) -> str:
     """What went wrong, as a sentence. Raises what is nobody's fault but the program's."""
-    if isinstance(error, (RunError, ValueError, OSError)):
+    if isinstance(error, (RunError, DataError, OSError)):
         return str(error)
     if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
         raise error

@@ -49,10 +49,10 @@ def has_compiler(device: str) -> bool:
 
 
 def choose_machine(settings: Settings) -> tuple[torch.device, torch.dtype, bool, str]:
-    """Device, dtype, whether to compile, and the reasons in a sentence."""
+    """Device, dtype, whether to compile, and the reasons in a sentence. RunError if there is no such device."""
     cuda = torch.cuda.is_available()
     if settings.device == "cuda" and not cuda:
-        raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
+        raise RunError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
     device = torch.device("cuda" if cuda and settings.device != "cpu" else "cpu")
     if device.type == "cpu":
         tune_cpu()

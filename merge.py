@@ -18,8 +18,9 @@ import torch
 from tqdm import tqdm
 
 import runs
+from data.tokens import DataError
 from flags import Parser
-from model import GPT, evaluate
+from model import GPT, ModelError, evaluate
 from recipe import OPERATIONAL
 from runs import RunError
 from trained import Trained, add_flags, finished, open_trained
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
             for row in runs.read_table(path, runs.MERGE_COLUMNS).tail(args.points).itertuples():
                 print(f"{row.weight:6.2f}   fw {row.fw_loss:.4f}   bw {row.bw_loss:.4f}")
         print(path)
-    except (RunError, ValueError, OSError) as error:
+    except (RunError, DataError, ModelError, OSError) as error:
         raise SystemExit(str(error)) from None
 
 

@@ -31,6 +31,10 @@ MASK_OF = {"fw": "causal", "bw": "anticausal"}  # the mask that belongs to a dir
 KERNEL_MASKS = ("causal", "anticausal")  # what a stock causal kernel can do, the second one by the mirror
 
 
+class ModelError(ValueError):
+    """A file that holds no model of this project; the message is one sentence for the user."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,10 +70,10 @@ class GPTConfig:
             )
 
     @staticmethod
-    def from_scale(model_scale: float, **options) -> GPTConfig:
+    def from_scale(model_scale: float) -> GPTConfig:
         """hlb-gpt's size law: one number sets width (to the nearest 64) and depth; 1.0 is 8 x 384."""
         doublings = math.log2(1 + model_scale)
-        return GPTConfig(depth=round(8 * doublings), width=64 * round(384 * doublings / 64), **options)
+        return GPTConfig(depth=round(8 * doublings), width=64 * round(384 * doublings / 64))
 
 
 def padded_vocab_size(tokenizer_size: int) -> int:
@@ -348,7 +352,7 @@ def model_bytes(model: GPT, **metadata) -> bytes:
 
 
 def load_model(path: str | Path, device: str = "cpu", attention: str | None = None) -> tuple[GPT, dict]:
-    """Reads what `model_bytes` wrote -> (model in evaluation mode, metadata). ValueError for a damaged or foreign file."""
+    """Reads what `model_bytes` wrote -> (model in evaluation mode, metadata). ModelError for a damaged or foreign file."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
@@ -356,5 +360,5 @@ def load_model(path: str | Path, device: str = "cpu", attention: str | None = No
         model = GPT(GPTConfig(**metadata.pop("config")), attention=attention)
         model.to(weights["head"].dtype).load_state_dict(weights)
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a model of this project, or is damaged ({error}): train it again") from None
+        raise ModelError(f"{path} is not a model of this project, or is damaged ({error}): train it again") from None
     return model.to(device).eval(), metadata  # a device that is missing or full is not the file's fault

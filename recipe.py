@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
+from data.tokens import DataError
 from flags import Option
 from model import GPT, GPTConfig
 
@@ -82,7 +83,7 @@ OPERATIONAL = ("study", "eval_every", "eval_epochs", "physical_tokens", "device"
 
 
 def resolve(settings: Settings) -> Settings:
-    """Fills in what follows from other settings, and rejects combinations that cannot be meant (ValueError)."""
+    """Fills in what follows from other settings, and rejects combinations that cannot be meant (DataError)."""
     values = asdict(settings)
     if settings.model_scale is not None:
         config = GPTConfig.from_scale(settings.model_scale)
@@ -92,15 +93,26 @@ def resolve(settings: Settings) -> Settings:
     if settings.task == "adaptive":
         values["p_bw"] = 1.0  # where it starts
     if all(values[budget] is None for budget in ("epochs", "tokens", "tokens_fw", "steps")):
-        raise ValueError("no end is set: give --epochs, --tokens, --tokens_fw or --steps")
+        raise DataError("no end is set: give --epochs, --tokens, --tokens_fw or --steps")
     if settings.tokens_fw and (settings.task == "bw" or (settings.task, settings.p_bw) == ("fw-or-bw", 1)):
-        raise ValueError("--tokens_fw never ends a run that learns bw only: give --tokens, --epochs or --steps")
+        raise DataError("--tokens_fw never ends a run that learns bw only: give --tokens, --epochs or --steps")
     if settings.micro_batches and settings.micro_batches > settings.max_micro_batches:
-        raise ValueError(f"--micro_batches {settings.micro_batches:g} is more than --max_micro_batches {settings.max_micro_batches}")
+        raise DataError(f"--micro_batches {settings.micro_batches:g} is more than --max_micro_batches {settings.max_micro_batches}")
     for name in ("seq_len", "seq_len_start"):
         if (values[name] or 0) > settings.max_seq_len:
-            raise ValueError(f"--{name} must be between 2 and --max_seq_len = {settings.max_seq_len}, got {values[name]}")
-    return Settings(**values)
+            raise DataError(f"--{name} must be between 2 and --max_seq_len = {settings.max_seq_len}, got {values[name]}")
+    resolved = Settings(**values)
+    try:
+        shape(resolved)
+    except ValueError as error:
+        raise DataError(f"--{error}") from None
+    return resolved
+
+
+def shape(settings: Settings, vocab_size: int = GPTConfig.vocab_size) -> GPTConfig:
+    """The model that a run trains. ValueError if there can be none of that shape."""
+    names = ("depth", "width", "num_heads", "max_seq_len", "linear_value", "expand", "qk_div", "dropout")
+    return GPTConfig(vocab_size=vocab_size, **{name: getattr(settings, name) for name in names})
 
 
 def same_settings(found: dict, settings: Settings) -> str:

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.tokens import OfflineError, load_tokenizer
+from data.tokens import DataError, OfflineError, load_tokenizer
 from flags import Parser
-from model import GPT, load_model
+from model import GPT, ModelError, load_model
 
 
 @torch.no_grad()
@@ -28,15 +28,15 @@ def continue_tokens(model: GPT, prompt: list[int], direction: str, length: int, 
 
     A backward model reads the mirrored text with the causal mask (the mirror identity), so both directions share this
     loop. `allowed` is the number of ids that may be drawn (a tokenizer's size); temperature 0 takes the likeliest.
-    ValueError if the text does not fit into the model's max_seq_len, or there is nothing to start from.
+    DataError if the text does not fit into the model's max_seq_len, or there is nothing to start from.
     """
     config = model.config
     start = [config.vocab_size - (2 if direction == "fw" else 1)] if direction_tokens else []
     text = start + (prompt if direction == "fw" else prompt[::-1])
     if not text:
-        raise ValueError("a model without direction tokens needs a --prompt")
+        raise DataError("a model without direction tokens needs a --prompt")
     if len(prompt) + length > (most := config.max_seq_len + 1 - len(start)):  # the last new token is not read again
-        raise ValueError(f"prompt and --length are {len(prompt) + length} tokens, in this model at most {most} fit")
+        raise DataError(f"prompt and --length are {len(prompt) + length} tokens, in this model at most {most} fit")
     generator = torch.Generator(model.head.device).manual_seed(seed)
     tokens = torch.tensor(text, device=model.head.device).repeat(samples, 1)
     past: list[list[Tensor]] = [[] for _ in model.blocks]
@@ -79,14 +79,14 @@ def main(argv: list[str] | None = None) -> None:
     try:
         model, metadata = load_model(path, args.device)
         if args.tokenizer not in (None, metadata["tokenizer"]):
-            raise ValueError(f"{path} was trained on {metadata['tokenizer']} tokens, not {args.tokenizer}: leave --tokenizer out")
+            raise DataError(f"{path} was trained on {metadata['tokenizer']} tokens, not {args.tokenizer}: leave --tokenizer out")
         if args.direction == "bw" and metadata["bw_mask"] != "anticausal":
-            raise ValueError(f"{path} was trained backward with the {metadata['bw_mask']} mask: only the anticausal one can continue a text")
+            raise DataError(f"{path} was trained backward with the {metadata['bw_mask']} mask: only the anticausal one can continue a text")
         tokenizer = load_tokenizer(metadata["tokenizer"])
         prompt = tokenizer.encode_ordinary(args.prompt)
         texts = continue_tokens(model, prompt, args.direction, args.length, args.samples, args.temperature, args.top_k,
                                 args.seed, metadata["direction_tokens"], tokenizer.n_vocab)  # fmt: skip
-    except (ValueError, OfflineError) as error:
+    except (DataError, ModelError, OfflineError) as error:
         raise SystemExit(str(error)) from None
     for number, tokens in enumerate(texts.tolist(), 1):
         cut = len(prompt) if args.direction == "fw" else args.length

@@ -17,18 +17,18 @@ MOST_SEEDS = 1000
 DRAWS = 2000
 
 
-def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """(..., n) -> mean and half-width of its t-interval; the half-width is NaN for n < 2."""
+def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(..., n) -> mean and half-width of its 95 % t-interval; the half-width is NaN for n < 2."""
     values = np.asarray(values, float)
     n = values.shape[-1]
     if n < 2:
         return values.mean(-1), np.full(values.shape[:-1], np.nan)
-    return values.mean(-1), student.ppf((1 + level) / 2, n - 1) * values.std(-1, ddof=1) / np.sqrt(n)
+    return values.mean(-1), student.ppf(0.975, n - 1) * values.std(-1, ddof=1) / np.sqrt(n)
 
 
-def paired_interval(logs: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Log-ratios per seed (..., n) -> ratio (geometric mean), low, high of the paired t-interval; NaN for n < 2."""
-    mean, half = mean_interval(logs, level)
+def paired_interval(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Log-ratios per seed (..., n) -> ratio (geometric mean), low, high of the paired 95 % t-interval; NaN for n < 2."""
+    mean, half = mean_interval(logs)
     return np.exp(mean), np.exp(mean - half), np.exp(mean + half)
 
 
@@ -77,9 +77,9 @@ def seeds_needed(sizes: Sequence[np.ndarray], threshold: float) -> int | None:
 
 
 @lru_cache(maxsize=2)
-def resamples(documents: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+def resamples(documents: int, draws: int) -> np.ndarray:
     """(draws, documents): how often each document is in each resample, drawn with replacement. The same for every pair."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     one = (np.bincount(rng.integers(documents, size=documents), minlength=documents) for _ in range(draws))
     return np.stack([counts.astype(np.uint8) for counts in one])
 

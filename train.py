@@ -35,8 +35,8 @@ from flags import parse_grid
 from gradients import norm, token_counts
 from grid import Claim, run_folder, status, train_all
 from machine import Group, choose_machine, provenance
-from model import GPT, MASK_OF, GPTConfig, evaluate, frame, model_bytes, padded_vocab_size
-from recipe import Recipe, Settings, draw, make_optimizer, same_settings, share_done
+from model import GPT, MASK_OF, evaluate, frame, model_bytes, padded_vocab_size
+from recipe import Recipe, Settings, draw, make_optimizer, same_settings, shape, share_done
 from runs import RunError
 
 
@@ -78,11 +78,7 @@ class Training:
         if settings.unique_tokens:
             self.train_tokens = self.train_tokens.first(int(settings.unique_tokens))
         self.windows = TrainingWindows(self.train_tokens, settings.sampling, settings.seed)
-        config = GPTConfig(
-            vocab_size=padded_vocab_size(self.train_tokens.meta["vocab_size"]),
-            **{name: getattr(settings, name) for name in ("depth", "width", "num_heads", "max_seq_len", "linear_value", "expand", "qk_div", "dropout")},
-        )  # fmt: skip
-        self.model = GPT(config, settings.seed).to(device, dtype)
+        self.model = GPT(shape(settings, padded_vocab_size(self.train_tokens.meta["vocab_size"])), settings.seed).to(device, dtype)
         if compiled:
             self.model.compile_parts()
         self.recipe = Recipe(settings, self.model.num_params())

@@ -330,7 +330,7 @@ def tune_all(wanted: list[Settings]) -> None:
                 tqdm.write(str(error))
             except torch.OutOfMemoryError:
                 grid.fail(folder, f"out of memory: set --physical_tokens, or lower it (now {named[folder].physical_tokens}); results do not change")
-            except (RunError, ValueError, OfflineError, OSError) as error:
+            except (RunError, BackboneError, DataError, OfflineError, OSError) as error:
                 grid.fail(folder, str(error))
             finally:
                 grid.close()
@@ -344,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
     wanted = parse_grid(Settings, __doc__, argv)
     try:
         tune_all(wanted)
-    except (RunError, ValueError, OfflineError, OSError) as error:
+    except (RunError, BackboneError, DataError, OfflineError, OSError) as error:
         raise SystemExit(str(error)) from None
 
 

@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         if tokenizer is None:
             raise BackboneError(f"{args.model} has no fast tokenizer: add its tokenizer.json")
         meta = prepare(args.source, tokenizer, args.model, args.out, args.text_field, args.val_fraction, command)
-    except (ValueError, OfflineError, OSError) as error:
+    except (BackboneError, DataError, OfflineError, OSError) as error:
         raise SystemExit(str(error)) from None
     for split, entry in meta["splits"].items():
         print(f"{args.out / entry['file']}: {entry['tokens']:,} tokens, {entry['documents']:,} document(s)")

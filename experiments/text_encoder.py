@@ -26,9 +26,9 @@ if not __package__:
 import torch
 
 import runs
-from data.tokens import OfflineError, file_sha256, find_folder, read_meta
+from data.tokens import DataError, OfflineError, file_sha256, find_folder, read_meta
 from experiments import mntp, probes, simcse, tuning
-from experiments.backbone import ATTENTIONS, Backbone, OwnBackbone, load_backbone
+from experiments.backbone import ATTENTIONS, Backbone, BackboneError, OwnBackbone, load_backbone
 from experiments.encoder import POOLINGS, Encoder, EncoderError, load_encoder, save
 from experiments.tagging_data import load_task
 from flags import Option, parse_grid
@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
     grid = parse_grid(Settings, __doc__, argv)
     try:
         run_grid(grid)
-    except (ValueError, OfflineError, runs.RunError, OSError) as error:
+    except (BackboneError, EncoderError, DataError, OfflineError, runs.RunError, OSError) as error:
         raise SystemExit(str(error)) from None
 
 

@@ -38,8 +38,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import runs
-from data.tokens import OfflineError
-from experiments.backbone import ATTENTIONS, Backbone, load_backbone, pad
+from data.tokens import DataError, OfflineError
+from experiments.backbone import ATTENTIONS, Backbone, BackboneError, load_backbone, pad
 from experiments.tagging_data import Sentence, Task, few_shot, load_task, scores, write_conll
 from flags import Option, parse_grid
 
@@ -362,7 +362,7 @@ def main(argv: list[str] | None = None) -> None:
             tag_only(grid[0])
         else:
             run_grid(grid)
-    except (ValueError, OfflineError, runs.RunError, OSError) as error:
+    except (BackboneError, TaggingError, DataError, OfflineError, runs.RunError, OSError) as error:
         raise SystemExit(str(error)) from None
 
 

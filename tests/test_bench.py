@@ -186,7 +186,7 @@ def test_a_peer_that_fails_costs_nothing_but_its_own_figures(tmp_path, monkeypat
     working, failed = bench_peers.steps(tmp_path, case, torch.zeros(100, dtype=torch.int32).numpy(), cpu, torch.float32, False)
     assert list(working) == ["nanoGPT"] and "is not hlb-gpt's main.py" in failed["hlb-gpt"]
     point = fake_point("cpu", 8, 384, 512, fw=1.0) | {"peers_failed": failed}
-    assert bench_report.sentence(point).endswith("version 0.4.1)") and "hlb-gpt failed (ValueError" in bench_report.sentence(point)
+    assert bench_report.sentence(point).endswith("version 0.4.1)") and "hlb-gpt failed (RunError" in bench_report.sentence(point)
 
 
 @pytest.mark.parametrize("kind, flags, full, sweep", [

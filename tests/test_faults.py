@@ -14,7 +14,10 @@ import torch
 from tiny import assert_same_tables, corpus, flags, start, tables  # noqa: F401
 
 import drawing
+import eval_context
 import eval_layers
+import eval_reversal
+import merge
 import recipe
 import runs
 import train
@@ -235,3 +238,13 @@ def test_a_missing_corpus_is_a_sentence(tmp_path):
         train.main(flags(tmp_path / "nowhere", tmp_path / "study", MORE))
     with pytest.raises(DataError):
         train.open_tokens(tmp_path, "train")
+
+
+@pytest.mark.parametrize("script", [eval_layers, eval_context, eval_reversal, merge])
+def test_a_mistake_in_an_edited_script_is_not_taken_for_the_users(whole, script, monkeypatch):
+    def finished(*_):
+        raise ValueError("too many values to unpack")
+
+    monkeypatch.setattr(script, "finished", finished)
+    with pytest.raises(ValueError, match="unpack"):
+        script.main([str(whole)])

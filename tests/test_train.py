@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import runs
 import train
-from data.tokens import open_tokens
+from data.tokens import DataError, open_tokens
 from data.toyworld import write_corpus
 from recipe import Settings, resolve
 from runs import RunError
@@ -252,7 +252,7 @@ def test_other_text_under_the_same_name_is_not_continued(corpus, tmp_path):
 
 
 def test_one_failure_does_not_stop_a_grid(corpus, tmp_path):
-    with pytest.raises(SystemExit, match="1 of 2 runs failed:\nwidth must be a multiple"):
+    with pytest.raises(SystemExit, match="1 of 2 runs failed:\n--width must be a multiple"):
         train.main(flags(corpus, tmp_path, "--steps 2 --width 36 32"))
     assert len(list(tmp_path.glob("*/finished.json"))) == 1
 
@@ -276,10 +276,26 @@ def test_a_misspelt_flag_is_one_line_that_names_the_right_one(capsys):
 
 
 @pytest.mark.parametrize("settings, flag", [(dict(epochs=None), "--epochs"), (dict(seq_len=2048), "--seq_len"), (dict(task="bw", tokens_fw=9.0), "--tokens_fw"),
-                                            (dict(task="fw-or-bw", p_bw=1.0, tokens_fw=9.0), "--tokens_fw"), (dict(micro_batches=200.0), "--max_micro_batches")])
+                                            (dict(task="fw-or-bw", p_bw=1.0, tokens_fw=9.0), "--tokens_fw"), (dict(micro_batches=200.0), "--max_micro_batches"),
+                                            (dict(width=100), "--width must be a multiple")])
 def test_settings_that_contradict_each_other_are_named(settings, flag):
-    with pytest.raises(ValueError, match=flag):
+    with pytest.raises(DataError, match=flag):
         resolve(Settings(**settings))
+
+
+@pytest.mark.parametrize("mistake", [ValueError("too many values to unpack"), RuntimeError("shapes cannot be multiplied"), KeyError("fw")])
+def test_a_mistake_in_edited_code_is_not_taken_for_the_users(corpus, tmp_path, monkeypatch, mistake):
+    """It shows where it happened, and the run is free again."""
+
+    def one_pass(self, windows, direction, share):
+        raise mistake
+
+    with monkeypatch.context() as edited:
+        edited.setattr(train.Training, "one_pass", one_pass)
+        with pytest.raises(type(mistake), match=str(mistake)) as caught:
+            run(corpus, tmp_path, "--steps 2")
+    assert caught.traceback[-1].name == "one_pass"
+    assert run(corpus, tmp_path, "--steps 2")[0]["step"] == 2
 
 
 def test_names_depend_on_results_alone():

@@ -5,16 +5,13 @@
 Fake tensors have shape, dtype and device but no data. An operation on tensors of two devices fails as on a GPU; so does
 every look at a value, which on a GPU means waiting for it, and every copy to the host that would wait (not: copies to the
 device, GPT.to, pinned memory, which are replaced here). Nothing is computed: what a kernel returns is not tested.
-Needs torch's CPU build and a C++ compiler, which builds fake_cuda.cpp. Peak memory is that of all live tensors;
-kernels' own working memory, the allocator's rounding and torch.compile's fusion are not in it.
+Peak memory is that of all live tensors; kernels' own working memory, the allocator's rounding and torch.compile's
+fusion are not in it. Like pretend_cuda.py, which runs whole scripts, it needs torch's CPU build and a C++ compiler.
 """
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 import json
-import subprocess
 import sys
 import tempfile
 import weakref
@@ -22,23 +19,11 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-TORCH = Path(importlib.util.find_spec("torch").origin).parent
-temporary = tempfile.TemporaryDirectory()  # removed when this process ends
-FOLDER = Path(temporary.name)
-
-
-def load_device() -> None:
-    """Torch looks for its devices when it is imported: this comes first."""
-    library = FOLDER / "fake_cuda.so"
-    include = [f"-I{TORCH / 'include' / part}" for part in ("", "torch/csrc/api/include")]
-    source = Path(__file__).with_name("fake_cuda.cpp")
-    subprocess.run(["g++", "-std=c++20", "-shared", "-fPIC", *include, str(source), "-o", str(library), f"-L{TORCH / 'lib'}", "-lc10", "-ltorch_cpu"], check=True)
-    for path in (TORCH / "lib/libc10.so", TORCH / "lib/libtorch_cpu.so", library):
-        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-
+from fake_cuda import load_device
 
 load_device()
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+temporary = tempfile.TemporaryDirectory()  # removed when this process ends
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -168,7 +153,7 @@ def mixed_devices_fail() -> bool:
 
 def main(depth: int, width: int, seq_len: int, batch: int) -> None:
     case = Case(depth, width, seq_len, batch, repeats=1, device="cpu")
-    data = str(made_up_data(FOLDER / "data", case))
+    data = str(made_up_data(Path(temporary.name) / "data", case))
     print(json.dumps({
         "ours": trace(Training, case, data), "reference": trace(Reference, case, data),
         "pieces": trace(Training, case, data, physical_tokens=seq_len * batch // 4, dropout=0.1, bw_mask="flipped"),
