@@ -121,8 +121,8 @@ def medians(work: dict[str, Callable[[], object]], repeats: int, device: torch.d
     return {name: {"ms": statistics.median(values), "low": min(values), "high": max(values)} for name, values in times.items()}
 
 
-def idle_share(step: Callable[[], None], steps: int = 100) -> float:
-    """The share of the time in which a CUDA device had nothing to do, from a profile of some training steps."""
+def idle_share(step: Callable[[], None], steps: int = 100) -> float | None:
+    """The share of the time in which a CUDA device had nothing to do, from a profile of some training steps; None without one."""
     for count in (1, steps):  # the first profile of a process starts slowly
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(count):
@@ -130,6 +130,8 @@ def idle_share(step: Callable[[], None], steps: int = 100) -> float:
             torch.cuda.synchronize()
     work = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
     spans = sorted((e.time_range.start, e.time_range.end) for e in work)
+    if not spans:  # a container may forbid the profiler
+        return None
     busy, reached = 0.0, spans[0][0]
     for start, end in spans:
         busy += max(0.0, end - max(start, reached))

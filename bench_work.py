@@ -96,7 +96,8 @@ def matrix_products(config: GPTConfig, batch: int, seq_len: int, device: torch.d
     unmasked, as the formula has it. The head goes in the chunks in which HeadLoss computes it.
     """
     D, inner, qk_dim, tokens = config.width, config.expand * config.width, config.width // config.qk_div, batch * seq_len
-    pieces = [min(HeadLoss.CHUNK, tokens - start) for start in range(0, tokens, HeadLoss.CHUNK)]
+    chunk = HeadLoss.CHUNK[device.type]
+    pieces = [min(chunk, tokens - start) for start in range(0, tokens, chunk)]
     layers = [(tokens, D, 2 * qk_dim + 2 * inner), (tokens, inner, D)] * config.depth + [(n, D, config.vocab_size) for n in pieces]
 
     def tensor(*shape: int) -> Tensor:

@@ -13,7 +13,7 @@ import re
 import textwrap
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Sequence
+from typing import Iterable, Sequence, Sized
 
 import numpy as np
 from matplotlib import colormaps
@@ -218,6 +218,11 @@ def spread(wanted: list[float], gap: float) -> list[float]:
             blocks[-2:] = [blocks[-2] + blocks[-1]]
     bases = [float(np.mean(block)) for block in blocks for _ in block]
     return [min(max(base, 0.0), 1.0 - (len(wanted) - 1) * gap) + i * gap for i, base in enumerate(bases)]
+
+
+def numbered(name: str, seeds: Sized, all_seeds: Iterable[Sized]) -> str:
+    """A line's name, with its number of seeds where not all lines have as many: then their means are no pairs."""
+    return f"{name} (n = {len(seeds)})" if len({len(others) for others in all_seeds}) > 1 else name
 
 
 def label_ends(ax, labels: list[tuple[float, str, str]], gap: float = 0.055) -> None:

@@ -99,7 +99,7 @@ class HeadLoss(torch.autograd.Function):
     a factor as soon as a chunk's logits are. `gradient` is softmax_gradient, or what torch.compile made of it.
     """
 
-    CHUNK = 2048  # tokens per matrix product; 2048 x 50304 logits are 200 MB in bf16
+    CHUNK = {"cpu": 2048, "cuda": 4096}  # tokens per matrix product; 2048 x 50304 logits are 200 MB in bf16
     PART = 2**20  # logits of a part: see `parts`
 
     @staticmethod
@@ -108,9 +108,10 @@ class HeadLoss(torch.autograd.Function):
         sums = torch.zeros(2, device=hidden.device)
         compiled, divisor = gradient is not softmax_gradient, sums.new_full((), denominator)
         grad_hidden = torch.empty_like(hidden)
-        buffer = hidden.new_empty(min(HeadLoss.CHUNK, len(hidden)), len(weight))
-        for start in range(0, max(1, len(targets)), HeadLoss.CHUNK):  # once without tokens, for zeros
-            piece = slice(start, start + HeadLoss.CHUNK)
+        chunk = HeadLoss.CHUNK[hidden.device.type]
+        buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))
+        for start in range(0, max(1, len(targets)), chunk):  # once without tokens, for zeros
+            piece = slice(start, start + chunk)
             x, y = hidden[piece], targets[piece, None]
             logits = torch.mm(x, weight.T, out=buffer[: len(x)])
             at_targets = []

@@ -43,6 +43,23 @@ def tune_cpu() -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
+def tune(device: str) -> None:
+    """What torch is to do otherwise on "cpu" or "cuda". For whatever computes, before it does.
+
+    On new cards torch's first choice for attention is cuDNN's kernel, which plans anew for every shape, and whose gradients
+    can be NaN under a mask (https://github.com/pytorch/pytorch/issues/196678): flash attention takes its place.
+    """
+    if device == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    else:
+        tune_cpu()
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether the machine multiplies bfloat16 faster than float32."""
+    return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+
+
 def has_compiler(device: str) -> bool:
     """Whether torch.compile works and pays off: on a CUDA device that Triton knows."""
     return device == "cuda" and has_triton()
@@ -54,10 +71,9 @@ def choose_machine(settings: Settings) -> tuple[torch.device, torch.dtype, bool,
     if settings.device == "cuda" and not cuda:
         raise RunError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
     device = torch.device("cuda" if cuda and settings.device != "cpu" else "cpu")
-    if device.type == "cpu":
-        tune_cpu()
+    tune(device.type)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+    fast = fast_bf16(device)
     dtype = (torch.bfloat16 if fast else torch.float32) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     why_dtype = f"the machine multiplies bf16 {'fast' if fast else 'slowly'}" if settings.dtype == "auto" else "as set"
     compiled = settings.compile == "on" or (settings.compile == "auto" and has_compiler(device.type))

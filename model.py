@@ -311,8 +311,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """hidden (B, T, D) after the final norm, targets (B, T) -> per-token loss (B, T) in nats, top-1 hit (B, T)."""
-        losses, hits = [], []
-        for x, y in zip(hidden.flatten(0, 1).split(HeadLoss.CHUNK), targets.reshape(-1, 1).split(HeadLoss.CHUNK)):
+        losses, hits, chunk = [], [], HeadLoss.CHUNK[hidden.device.type]
+        for x, y in zip(hidden.flatten(0, 1).split(chunk), targets.reshape(-1, 1).split(chunk)):
             for some in parts(F.linear(x, self.head), y, self.compiled):
                 loss, hit = self.softmax_loss(*some)
                 losses.append(loss)

@@ -24,7 +24,7 @@ import numpy as np
 from cells import BUDGETS, BW_ONLY, FW_ONLY, Study, StudyError, choose, load
 from compare import METRICS, ORDER_WORDS, ORDERS, average, common_grid, on_grid, ratio_curve, trajectory
 from drawing import (
-    COLOURS, DASHES, METRIC_LABELS, UNITS, X_LABELS, Options, by_group, label_ends, meaning, new_figure, pick,
+    COLOURS, DASHES, METRIC_LABELS, UNITS, X_LABELS, Options, by_group, label_ends, meaning, new_figure, numbered, pick,
     plain_log_axis, runs_of, save, smoothed, variant_colours,
 )  # fmt: skip
 from flags import Parser
@@ -88,7 +88,7 @@ def _curves_panel(ax, by: dict, column: str, options: Options, scale: str, floor
             ax.plot(x, y, color=colour, linewidth=0.7, alpha=0.45)
         ax.plot(grid, mean, color=colour, linewidth=1.6, marker="o" if len(grid) == 1 else "")
         last = np.mean([y[-1] for _, y in lines])  # as in the tables; the mean's line ends where the first seed does
-        labels.append((last, f"{variant.label}: {last:.3f}", colour))
+        labels.append((last, f"{numbered(variant.label, seeds, by.values())}: {last:.3f}", colour))
         if variant.trains(column[:2]):
             early = grid[0] + 0.1 * (grid[-1] - grid[0])  # a model that was trained before may get worse at first
             tops += [np.interp(early, grid, mean), *mean[grid >= early], *(y[-1] for _, y in lines)]
@@ -166,6 +166,7 @@ def leak(study: Study, options: Options = Options()) -> list[Path]:
         for ax, column in zip(axes[0], ("bw_loss", "ratio2")):
             labels = []
             alone = [("bw only, anticausal", control, variant_colours(study).get(BW_ONLY))] * bool(control and column == "bw_loss")
+            shown = [seeds for _, seeds, _ in (*masks, *alone)]
             for name, seeds, colour in (*masks, *alone):
                 lines = [trajectory(run, "bw_loss", options.x) for run in seeds.values()]
                 if column == "ratio2":
@@ -178,7 +179,7 @@ def leak(study: Study, options: Options = Options()) -> list[Path]:
                 ax.plot(grid, mean, color=colour, linewidth=1.8)
                 last = np.array([y[-1] for _, y in lines])  # as in the tables; the mean's line ends where the first seed does
                 last = np.exp(np.log(last).mean()) if column == "ratio2" else last.mean()
-                labels.append((last, f"{name}: {last:.3f}", colour))
+                labels.append((last, f"{numbered(name, seeds, shown)}: {last:.3f}", colour))
             level = floor[0] if floor and column == "bw_loss" else 1.0 if column == "ratio2" else None
             if level is not None:
                 ax.axhline(level, color="0.35", linestyle="--", linewidth=1)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data.tokens import DataError, OfflineError, load_tokenizer
 from flags import Parser
+from machine import tune
 from model import GPT, ModelError, load_model
 
 
@@ -77,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     if not path.exists():
         raise SystemExit(f"{path} does not exist: give a finished run's folder (python train.py makes one; the repository keeps no weights)")
     try:
+        tune(args.device)
         model, metadata = load_model(path, args.device)
         if args.tokenizer not in (None, metadata["tokenizer"]):
             raise DataError(f"{path} was trained on {metadata['tokenizer']} tokens, not {args.tokenizer}: leave --tokenizer out")

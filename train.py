@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import io
 import math
 import sys
@@ -232,11 +233,13 @@ class Training:
         try:
             if zipfile.ZipFile(path).testzip() is not None:  # torch.load does not look at the checksums
                 raise ValueError("checksum")
-            content = torch.load(path, map_location=self.device, weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
             self.windows.restore(content["windows"])
             self.progress = Progress(**content["progress"])
+        except (torch.OutOfMemoryError, torch.AcceleratorError):  # no fault of the file
+            raise
         except Exception as error:  # a damaged archive fails in many ways, none of which the user can act on differently
             raise RunError(f"{path} is damaged ({type(error).__name__}): delete it to train this run from its start") from None
         # Older versions saved no rows; their table may have one that the state has still to reach.
@@ -307,6 +310,7 @@ def train(settings: Settings, folder: Path, group: Group, claim: Claim | None) -
     """
     device, dtype, compiled, machine = choose_machine(settings)
     machine += f", {group.size} processes" if group.size > 1 else ""
+    gc.collect()  # a compiled block refers to itself: the model of the run before would stay on the device
     training = group.together(lambda: Training(settings, device, dtype, compiled, group))
     if group.together(lambda: open_folder(folder, training, machine), first_only=True):
         group.together(lambda: training.restore(folder / "state.pt"))

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from data.tokens import DataError, Tokens, find_folder, num_scored, open_tokens, validation_windows
-from machine import has_compiler, tune_cpu
+from machine import has_compiler, tune
 from model import GPT, MASK_OF, load_model
 from runs import Run, RunError, read_run, read_study
 
@@ -67,10 +68,10 @@ def open_trained(run: Run, device: str, data: str | None = None) -> Trained:
         raise RunError(f"{run.folder} has its tables but no model.safetensors (the repository keeps no weights): train it again in another --study")
     if device == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    if device == "cpu":
-        tune_cpu()
+    tune(device)
     model, metadata = load_model(run.folder / "model.safetensors", device)
     if has_compiler(device):
+        gc.collect()  # a compiled block refers to itself: the model before would stay on the device
         model.compile_parts()
     return Trained(run, model, metadata["bw_mask"], metadata["direction_tokens"], val, None if own else val.folder.name)
 

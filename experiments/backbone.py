@@ -26,6 +26,7 @@ if not __package__:
 
 from data.tokens import load_tokenizer
 from gradients import token_counts
+from machine import tune
 from model import GPT, MASK_OF, load_model
 
 ATTENTIONS = ("sdpa", "eager", "flex_attention")  # of transformers; the flash kernels take no mask of one's own
@@ -301,6 +302,7 @@ def load_backbone(name: str, device: str = "cpu", attention: str = "sdpa") -> Ba
 
     Safetensors only, and no code from a model's repository is run. BackboneError says what is wrong in one sentence.
     """
+    tune(device)
     path = Path(name)
     file = path if path.suffix == ".safetensors" else path / "model.safetensors"
     try:

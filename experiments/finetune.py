@@ -219,12 +219,14 @@ class Tuning:
         try:
             if zipfile.ZipFile(path).testzip() is not None:
                 raise ValueError("checksum")
-            content = torch.load(path, map_location=self.device, weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
             for name, parameter in self.model.trained().items():
                 parameter.copy_(content["trained"][name])
             self.optimizer.load_state_dict(content["optimizer"])
             self.windows.restore(content["windows"])
             self.progress, self.rows = Progress(**content["progress"]), content["rows"]
+        except (torch.OutOfMemoryError, torch.AcceleratorError):  # no fault of the file
+            raise
         except Exception as error:  # a damaged archive fails in many ways, none of which the user can act on differently
             raise RunError(f"{path} is damaged ({type(error).__name__}): delete it to train this run from its start") from None
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from data.tokens import DataError, Tokens, find_folder, load_tokenizer, open_tokens
 from experiments.backbone import Backbone, OwnBackbone
+from machine import fast_bf16
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
@@ -105,8 +106,7 @@ def trainable(backbone: Backbone, lora: int | None = 16) -> list[nn.Parameter]:
 
 def precision(device: torch.device, dtype: str = "auto") -> torch.autocast:
     """Matrix products in bfloat16 where the machine multiplies it fast (auto) or always; weights stay in float32."""
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast if dtype == "auto" else dtype == "bfloat16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device) if dtype == "auto" else dtype == "bfloat16")
 
 
 def optimise(parameters: list[nn.Parameter], steps: int, lr: float, loss_of: Callable[[int], Tensor],

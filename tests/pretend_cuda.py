@@ -156,9 +156,11 @@ def main(*commands: list[str]) -> None:
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a parameter cannot become one of another class
     for script, *flags in commands:
         sys.argv, Card.operations = [script, *flags], 0
+        torch.backends.cuda.enable_cudnn_sdp(True)
         with Card():
             runpy.run_path(script, run_name="__main__")
-        print(f"{script}: {Card.operations} operations on the card", flush=True)
+        cudnn = "with" if torch.backends.cuda.cudnn_sdp_enabled() else "without"
+        print(f"{script}: {Card.operations} operations on the card, {cudnn} cuDNN's attention", flush=True)
 
 
 if __name__ == "__main__":

@@ -223,6 +223,22 @@ def test_out_of_memory_names_the_flag(corpus, tmp_path, monkeypatch):
         run(corpus, tmp_path, "--steps 5")
 
 
+def test_too_little_memory_for_a_state_is_no_damage(corpus, tmp_path, monkeypatch):
+    _, folder = run(corpus, tmp_path, "--steps 4")
+    training = train.Training(Settings(**runs.read_config(folder)["settings"]), torch.device("cpu"), torch.float32, False)
+    (folder / "state.pt").write_bytes(training.state())
+    (folder / "finished.json").unlink()
+
+    def load(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    with monkeypatch.context() as full:
+        full.setattr(torch, "load", load)
+        with pytest.raises(SystemExit, match="out of memory"):
+            run(corpus, tmp_path, "--steps 4")
+    assert run(corpus, tmp_path, "--steps 4")[0]["step"] == 4
+
+
 def test_unprepared_data_names_the_command(tmp_path):
     result = subprocess.run([sys.executable, str(ROOT / "train.py"), "--study", str(tmp_path), "--data", "wikitext-2"], capture_output=True, text=True)
     assert result.returncode == 1 and "python data/prepare.py wikitext-2" in result.stderr and "Traceback" not in result.stderr
