@@ -151,18 +151,15 @@ assert whole.progress.grad_norm == again.progress.grad_norm > 0 and whole.evalua
 def test_speed_is_measured_on_the_card(tmp_path):
     """In one process, where bench.py starts several; without the profile, of which there is none, and the peak, which takes long."""
     (tmp_path / "speed.py").write_text(f"""
-import json, pathlib, torch, bench, bench_parity
+import pathlib, torch, bench
 torch.cuda.max_memory_allocated = lambda: 1e6
 case = bench.Case(2, 64, 64, 4, 1, "cuda", "bfloat16", "off", 512)
 data = str(bench.made_up_data(pathlib.Path("{tmp_path}/data"), case))
 bench.idle_share, bench.large_product = lambda step: step() or 0.5, lambda device, dtype: (lambda: torch.ones(2, device=device) + 1, 2)
 assert all(bench.first_steps(case, data, reference)["longer"] > 0 for reference in (False, True))
 point = bench.steady_state(case, data, True)
-assert point["idle"] == 0.5 and point["sdpa"][0] == "FLASH_ATTENTION" and "CUDNN_ATTENTION" not in point["sdpa"] and set(point["times"]) >= {{"fw", "bw", "fw+bw", "reference", "products", "evaluation", "cuts"}}
-for way in bench_parity.all_ways():
-    if (way.device, way.attention, way.compile) == ("cuda", "kernel", "off"):
-        (row,) = bench_parity.check(way, (17,), ("anticausal",))
-        assert row["steps"] < (1e-4 if way.dtype == "float32" else 0.05), row
+assert point["idle"] == 0.5 and point["sdpa"][0] == "FLASH_ATTENTION" and "CUDNN_ATTENTION" not in point["sdpa"]
+assert set(point["times"]) >= {{"fw", "bw", "fw+bw", "reference", "products", "evaluation", "cuts"}}
 """)
     pretend([tmp_path / "speed.py"])
 
@@ -174,10 +171,12 @@ def test_facts_are_asked_on_the_card(tmp_path):
 
 
 def test_words_and_texts_are_encoded_on_the_card(own, tmp_path):
-    words = ["experiments/token_classification.py", "--task", "toyworld", "--model", own, "--shots", 4, "--epochs", 1, "--device", "cuda", "--out", tmp_path / "words.csv"]
-    texts = ["experiments/text_encoder.py", "--model", own, "--stage", "mntp+simcse", "--task", "masked", "toyworld", "--out", tmp_path / "texts.csv",
+    for split in ("train", "dev", "test"):
+        (tmp_path / f"task.{split}.conll").write_text("Adela\tB-PERSON\nwas\tO\nborn\tO\nin\tO\nElmham\tB-TOWN\n\n" * 12)
+    words = ["experiments/token_classification.py", "--task", tmp_path / "task", "--model", own, "--epochs", 1, "--device", "cuda", "--out", tmp_path / "words.csv"]
+    texts = ["experiments/text_encoder.py", "--model", own, "--stage", "mntp+simcse", "--task", "masked", tmp_path / "task", "--out", tmp_path / "texts.csv",
              "--encoders", tmp_path / "encoders", "--mntp_steps", 2, "--mntp_windows", 4, "--simcse_steps", 2, "--simcse_batch", 8,
-             "--sentences", 20, "--probe_epochs", 1, "--device", "cuda"]  # fmt: skip
+             "--probe_epochs", 1, "--device", "cuda"]  # fmt: skip
     pretend([*words, "--features", "fw+bw"], [*words, "--features", "fw+bw", "--finetune", "true", "--crf", "true"], texts)
 
 
