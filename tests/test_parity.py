@@ -18,6 +18,15 @@ LENGTHS = (17, 129)
 BOUNDS = {"float32": (1e-5, 1e-4), "bfloat16": (0.02, 0.05)}  # mirror, nats; the losses fall by 2 nats
 
 
+@pytest.fixture(autouse=True, scope="module")
+def smaller_steps():
+    """A third of bench_parity.py's tokens a step, still in more than one chunk of the head."""
+    with patch.multiple(bench_parity, BATCH_TOKENS=1024, CHUNK=600):
+        bench_parity.plain_losses.cache_clear()
+        yield
+    bench_parity.plain_losses.cache_clear()
+
+
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join((way.device, way.dtype, way.attention, way.compile)))
 def test_every_way_trains_the_same_model(way):
     if way.compile == "on" and way.device == "cpu" and shutil.which("g++") is None:
