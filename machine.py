@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import gc
 import os
 import platform
 import subprocess
@@ -51,6 +52,7 @@ def tune(device: str) -> None:
     """
     if device == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
+        gc.collect()  # a compiled block refers to itself: the model of the run before would stay on the card
     else:
         tune_cpu()
 

@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import datetime
-import gc
 import io
 import math
 import sys
@@ -310,7 +309,6 @@ def train(settings: Settings, folder: Path, group: Group, claim: Claim | None) -
     """
     device, dtype, compiled, machine = choose_machine(settings)
     machine += f", {group.size} processes" if group.size > 1 else ""
-    gc.collect()  # a compiled block refers to itself: the model of the run before would stay on the device
     training = group.together(lambda: Training(settings, device, dtype, compiled, group))
     if group.together(lambda: open_folder(folder, training, machine), first_only=True):
         group.together(lambda: training.restore(folder / "state.pt"))

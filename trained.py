@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +70,6 @@ def open_trained(run: Run, device: str, data: str | None = None) -> Trained:
     tune(device)
     model, metadata = load_model(run.folder / "model.safetensors", device)
     if has_compiler(device):
-        gc.collect()  # a compiled block refers to itself: the model before would stay on the device
         model.compile_parts()
     return Trained(run, model, metadata["bw_mask"], metadata["direction_tokens"], val, None if own else val.folder.name)
 
