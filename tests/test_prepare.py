@@ -351,8 +351,8 @@ def test_a_folder_with_other_files_is_never_replaced(tmp_path):
 def test_a_killed_preparation_leaves_nothing_under_the_final_name(tmp_path, number):
     (tmp_path / "large.jsonl").write_bytes(b'{"text": "a b c"}\n' * 400_000)
     script = subprocess.Popen([sys.executable, str(ROOT / "data" / "prepare.py"), str(tmp_path / "large.jsonl"),
-                               "--out", str(tmp_path / "out"), "--tokenizer", "toyworld", "--workers", "2"],
-                              stderr=subprocess.PIPE, text=True)
+                               "--out", str(tmp_path / "out"), "--tokenizer", "toyworld", "--workers", "2"], stderr=subprocess.PIPE, text=True,
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background job ignores it
     while not any(path.stat().st_size for path in tmp_path.glob(".out.partial-*/train.bin")):
         assert script.poll() is None, script.stderr.read()
         time.sleep(0.005)
