@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradients import CountedEmbedding, HeadLoss, parts, softmax_gradient, softmax_loss, token_counts
+from gradients import CountedEmbedding, HeadLoss, softmax_gradient, softmax_loss, token_counts, with_chosen
 
 MASKS = ("causal", "anticausal", "none", "flipped")
 MASK_OF = {"fw": "causal", "bw": "anticausal"}  # the mask that belongs to a direction
@@ -133,7 +133,7 @@ def position_bias(mask: str, slope: Tensor, queries: Tensor, keys: Tensor, max_s
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """Attention as its formula: query (B, H, Tq, Dq), key (B, H, Tk, Dq), value (B, H, Tk, Dv), bias (Tq, Tk)."""
     logits = (query @ key.transpose(-1, -2)).float().mul_(query.shape[-1] ** -0.5).add_(bias)
-    return logits.softmax(-1).to(value.dtype) @ value
+    return logits.softmax(-1).to(value.dtype) @ value.contiguous()  # or the CPU's bf16 product copies it, backward transposed
 
 
 def kernel_attention(query: Tensor, key: Tensor, value: Tensor, slope: Tensor) -> Tensor:
@@ -188,9 +188,8 @@ class Block(nn.Module):
         config = self.config
         B, T, D = x.shape
         query, key, linear, gate = F.linear(self.norm(x), self.expand).split((self.qk_dim, self.qk_dim, self.inner, self.inner), -1)
-        geglu = linear * F.gelu(gate)
-        local = geglu[..., : self.inner - D]
-        value = (gate if config.linear_value else geglu)[..., self.inner - D :]
+        local, value = (linear * F.gelu(gate)).split((self.inner - D, D), -1)
+        value = gate[..., self.inner - D :] if config.linear_value else value
         query, key, value = (y.unflatten(-1, (config.num_heads, -1)).transpose(1, 2) for y in (query, key, value))  # B H T .
         if past is not None:
             past[:] = [torch.cat(pair, 2) for pair in zip(past, (key, value))] if past else [key, value]
@@ -313,10 +312,9 @@ class GPT(nn.Module):
         """hidden (B, T, D) after the final norm, targets (B, T) -> per-token loss (B, T) in nats, top-1 hit (B, T)."""
         losses, hits, chunk = [], [], HeadLoss.CHUNK[hidden.device.type]
         for x, y in zip(hidden.flatten(0, 1).split(chunk), targets.reshape(-1, 1).split(chunk)):
-            for some in parts(F.linear(x, self.head), y, self.compiled):
-                loss, hit = self.softmax_loss(*some)
-                losses.append(loss)
-                hits.append(hit)
+            loss, hit = self.softmax_loss(*with_chosen(F.linear(x, self.head), y, self.compiled))
+            losses.append(loss)
+            hits.append(hit)
         return torch.cat(losses).reshape(targets.shape), torch.cat(hits).reshape(targets.shape)
 
 

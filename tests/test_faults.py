@@ -17,6 +17,7 @@ import drawing
 import eval_context
 import eval_layers
 import eval_reversal
+import machine
 import merge
 import recipe
 import runs
@@ -212,13 +213,13 @@ def test_a_folder_of_an_older_version_goes_on(corpus, whole, tmp_path, monkeypat
 def test_a_run_is_not_continued_in_another_dtype(corpus, tmp_path, monkeypatch):  # noqa: F811
     """--dtype auto means another one on another host, which may share the study."""
     monkeypatch.setitem(globals(), "MORE", f"{MORE} --dtype auto")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(machine, "fast_bf16", lambda device: False)
     folder = stop(corpus, tmp_path, monkeypatch)
     assert runs.read_config(folder)["dtype"] == "float32"
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(machine, "fast_bf16", lambda device: True)
     with pytest.raises(SystemExit, match="begun in float32, and auto is bfloat16 here"):
         train.main(flags(corpus, tmp_path, MORE))
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(machine, "fast_bf16", lambda device: False)
     (row,) = train.main(flags(corpus, tmp_path, MORE))
     assert row["step"] == 8
 

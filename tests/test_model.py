@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gradients import CountedEmbedding, HeadLoss, token_counts
+from gradients import CountedEmbedding, HeadLoss, highest, softmax_loss, token_counts, with_chosen
 from model import (
     MASK_OF, MASKS, GPT, GPTConfig, evaluate, frame, kernel_attention, load_model, model_bytes, padded_vocab_size, plain_attention, position_bias,
 )  # fmt: skip
@@ -345,6 +345,28 @@ def test_head_loss_is_cross_entropy(chunk, part, factor, monkeypatch):
     found = torch.autograd.grad(loss * factor, (hidden, weight))
     torch.testing.assert_close((loss, *found), (truth, *expected), rtol=1e-5, atol=1e-6)
     assert hits == ((hidden @ weight.T).argmax(-1) == targets).float().mean()
+
+
+@pytest.mark.parametrize("vocab_size", [3, 64, 320, 257, 1024])
+def test_the_highest_is_found_where_torch_finds_it(vocab_size):
+    """The first of equals, in whatever block, also among infinities."""
+    x = torch.randint(-3, 3, (200, vocab_size)).float()
+    x[0], x[1, 1:], x[2, :2] = -math.inf, -math.inf, math.inf
+    for found, expected in zip(highest(x), x.max(-1, keepdim=True)):
+        assert torch.equal(found, expected)
+    x[3, -1] = math.nan
+    assert highest(x)[0][3].isnan()
+
+
+def test_losses_of_sure_and_of_hopeless_tokens():
+    """Near certainty a loss is a difference of nearly equal numbers; far from it the probability is 0 in float32."""
+    logits = torch.zeros(3, 320)
+    logits[:, 7] = torch.tensor([20.0, 150.0, 5.0])
+    targets = torch.tensor([[7], [3], [319]])
+    truth = F.cross_entropy(logits.double(), targets[:, 0], reduction="none")
+    loss, hits = softmax_loss(*with_chosen(logits, targets, False))
+    torch.testing.assert_close(loss[:, 0].double(), truth, rtol=1e-6, atol=1e-7)
+    assert hits[:, 0].tolist() == [True, False, False]
 
 
 def test_head_loss_of_no_tokens_and_of_certain_ones():
