@@ -13,6 +13,7 @@ import datetime
 import gc
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -58,8 +59,18 @@ def tune(device: str) -> None:
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether the machine multiplies bfloat16 faster than float32."""
-    return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+    """Whether the machine multiplies bfloat16 faster than float32: new CUDA devices, CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def cpu_name() -> str:
+    """As the system calls it: two CPUs are as different as two GPUs."""
+    try:
+        return re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.M)[1]
+    except (OSError, TypeError):  # no Linux, or a CPU that has only numbers there
+        return platform.processor() or platform.machine()
 
 
 def has_compiler(device: str) -> bool:
@@ -74,7 +85,7 @@ def choose_machine(settings: Settings) -> tuple[torch.device, torch.dtype, bool,
         raise RunError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
     device = torch.device("cuda" if cuda and settings.device != "cpu" else "cpu")
     tune(device.type)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads of {cpu_name()}"
     fast = fast_bf16(device)
     dtype = (torch.bfloat16 if fast else torch.float32) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     why_dtype = f"the machine multiplies bf16 {'fast' if fast else 'slowly'}" if settings.dtype == "auto" else "as set"
