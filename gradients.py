@@ -50,31 +50,28 @@ def norm(gradient: Tensor) -> Tensor:
 
 
 def highest(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x.max(-1, keepdim=True) of x (N, V), four times as fast on a CPU, where torch looks for the place number by number:
-    which block holds it (the first one that does, as torch has it) is known from the blocks' maxima."""
-    blocks = x.unflatten(1, (-1, math.gcd(x.shape[1], 128)))
+    """x.max(-1, keepdim=True) of x (N, V). On a CPU torch looks for the place number by number; for a large V which block
+    holds it (the first one that does, as torch has it) is known from the blocks' maxima in a quarter of the time."""
+    size = math.gcd(x.shape[1], 128)
+    if size < 16 or x.shape[1] < 1024:
+        return x.max(-1, keepdim=True)
+    blocks = x.unflatten(1, (-1, size))
     block = blocks.amax(-1).argmax(-1, keepdim=True)
     top, place = blocks.take_along_dim(block[..., None], 1)[:, 0].max(-1, keepdim=True)
-    return top, block * blocks.shape[2] + place
+    return top, block * size + place
 
 
 def normalise(logits: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The highest of each row of logits (N, V), its place and its probability, all (N, 1), in float32.
 
-    With a scale (a scalar), the logits make way for scale x their softmax.
+    With a scale (a scalar), the logits make way for scale x their softmax; without, they may be overwritten, too.
     """
     x = logits.float()
-    if x.is_cuda or torch.compiler.is_compiling():  # a compiler makes one kernel of it
-        top, best = x.max(-1, keepdim=True)
-        p = x.sub_(top).exp_()
-        p_top = 1 / p.sum(-1, keepdim=True)
-        scale = scale if scale is None else scale * p_top
-    else:
-        top, best = highest(x)
-        p = x.softmax(-1)
-        p_top = p.gather(-1, best)
+    top, best = x.max(-1, keepdim=True) if x.is_cuda or torch.compiler.is_compiling() else highest(x)
+    e = x.sub_(top).mul_(1 / math.log(2)).exp2_()  # on a CPU torch's exp2 takes a quarter of the time of its exp
+    p_top = 1 / e.sum(-1, keepdim=True)
     if scale is not None:
-        logits.copy_(p.mul_(scale))
+        logits.copy_(e.mul_(scale * p_top))
     return top, best, p_top
 
 
@@ -128,7 +125,7 @@ class HeadLoss(torch.autograd.Function):
     """
 
     CHUNK = {"cpu": 2048, "cuda": 4096}  # tokens per matrix product; 2048 x 50304 logits are 200 MB in bf16
-    PART = 2**20  # logits that fit a CPU's cache: see `softmax`
+    PART = 2**21  # logits that fit a CPU's cache: see `softmax`
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, denominator: int,

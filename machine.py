@@ -66,7 +66,7 @@ def fast_bf16(device: torch.device) -> bool:
 
 
 def cpu_name() -> str:
-    """As the system calls it: two CPUs are as different as two GPUs."""
+    """The CPU's name, as far as the system tells it."""
     try:
         return re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.M)[1]
     except (OSError, TypeError):  # no Linux, or a CPU that has only numbers there
@@ -85,7 +85,8 @@ def choose_machine(settings: Settings) -> tuple[torch.device, torch.dtype, bool,
         raise RunError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
     device = torch.device("cuda" if cuda and settings.device != "cpu" else "cpu")
     tune(device.type)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads of {cpu_name()}"
+    threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{threads} thread{'s' * (threads > 1)} of {cpu_name()}"
     fast = fast_bf16(device)
     dtype = (torch.bfloat16 if fast else torch.float32) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     why_dtype = f"the machine multiplies bf16 {'fast' if fast else 'slowly'}" if settings.dtype == "auto" else "as set"

@@ -250,10 +250,10 @@ def test_fifty_steps_take_the_same_course(path, directions, length):
     assert courses[1] == pytest.approx(courses[0], rel=2e-3)
 
 
-def test_long_inputs_take_the_kernel_on_a_cpu_with_amx(monkeypatch):
+def test_long_inputs_take_the_kernel_on_a_cpu_too(monkeypatch):
     import model as module
 
-    monkeypatch.setattr(GPT, "LONG", 2048)  # without AMX: never
+    monkeypatch.setattr(GPT, "LONG", 128)
 
     calls = []
     monkeypatch.setattr(module, "kernel_attention", lambda query, key, value, slope: calls.append(query.shape[2]) or value)
@@ -335,7 +335,7 @@ def test_embedding_gradient_is_torchs_scale_grad_by_freq():
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("chunk, part, factor", [(7, 2**20, 3), (1000, 2**20, 1), (1000, 200, 3), (7, 1, 1)])
+@pytest.mark.parametrize("chunk, part, factor", [(7, 2**21, 3), (1000, 2**21, 1), (1000, 200, 3), (7, 1, 1)])
 def test_head_loss_is_cross_entropy(chunk, part, factor, monkeypatch):
     monkeypatch.setitem(HeadLoss.CHUNK, "cpu", chunk)
     monkeypatch.setattr(HeadLoss, "PART", part)
@@ -349,7 +349,7 @@ def test_head_loss_is_cross_entropy(chunk, part, factor, monkeypatch):
     assert hits == ((hidden @ weight.T).argmax(-1) == targets).float().mean()
 
 
-@pytest.mark.parametrize("vocab_size", [3, 64, 320, 257, 1024])
+@pytest.mark.parametrize("vocab_size", [3, 320, 1024, 1031, 1040, 4096])
 def test_the_highest_is_found_where_torch_finds_it(vocab_size):
     """The first of equals, in whatever block, also among infinities."""
     x = torch.randint(-3, 3, (200, vocab_size)).float()
@@ -362,13 +362,13 @@ def test_the_highest_is_found_where_torch_finds_it(vocab_size):
 
 def test_losses_of_sure_and_of_hopeless_tokens():
     """Near certainty a loss is a difference of nearly equal numbers; far from it the probability is 0 in float32."""
-    logits = torch.zeros(3, 320)
-    logits[:, 7] = torch.tensor([20.0, 150.0, 5.0])
-    targets = torch.tensor([[7], [3], [319]])
+    logits = torch.zeros(4, 50304)
+    logits[:, 7] = torch.tensor([20.0, 150.0, 5.0, 17.0])
+    targets = torch.tensor([[7], [3], [319], [7]])
     truth = F.cross_entropy(logits.double(), targets[:, 0], reduction="none")
     loss, hits = softmax_loss(*with_chosen(logits, targets, False))
-    torch.testing.assert_close(loss[:, 0].double(), truth, rtol=1e-6, atol=1e-7)
-    assert hits[:, 0].tolist() == [True, False, False]
+    torch.testing.assert_close(loss[:, 0].double(), truth, rtol=1e-6, atol=2e-6)  # torch's softmax in float32: 1.3e-4 off in the last one
+    assert hits[:, 0].tolist() == [True, False, False, True]
 
 
 def test_head_loss_of_no_tokens_and_of_certain_ones():
