@@ -42,11 +42,13 @@ class CountedEmbedding(torch.autograd.Function):
         return out.index_copy_(0, tokens, sums[place].to(ctx.dtype)), None, None
 
 
-def norm(gradient: Tensor) -> Tensor:
-    """The Euclidean norm, a scalar in float32. On a CPU in parts that fit a cache: torch would copy all of it to float32."""
-    if gradient.is_cuda or gradient.dtype == torch.float32:
-        return torch.linalg.vector_norm(gradient, dtype=torch.float32)
-    return torch.stack([part.float().square_().sum() for part in gradient.flatten().split(2**20)]).sum().sqrt()
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The Euclidean norm of all gradients together, a scalar in float32. A GPU takes them in few kernels; a CPU takes bf16
+    in parts that fit its cache, where torch would copy each gradient to float32."""
+    if gradients[0].is_cuda or gradients[0].dtype == torch.float32:
+        return torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).norm()
+    parts = [part for gradient in gradients for part in gradient.flatten().split(2**20)]
+    return torch.stack([part.float().square_().sum() for part in parts]).sum().sqrt()
 
 
 def highest(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 import runs
 from data.tokens import Tokens, TrainingWindows, find_folder, open_tokens, validation_windows
 from flags import parse_grid
-from gradients import norm, token_counts
+from gradients import token_counts, total_norm
 from grid import Claim, run_folder, status, train_all
 from machine import Group, choose_machine, provenance
 from model import GPT, MASK_OF, evaluate, frame, model_bytes, padded_vocab_size
@@ -150,8 +150,7 @@ class Training:
 
         main = "fw" if "fw" in sums else "bw"
         self.group.sum_gradients(self.model)
-        gradients = [parameter.grad for parameter in self.model.parameters()]
-        grad_norm = torch.stack([norm(g) for g in gradients]).norm()
+        grad_norm = total_norm([parameter.grad for parameter in self.model.parameters()])
         self.read_figures()  # of the step before: the device has long had this step's work by now
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.lr(p.step)[group["name"]]

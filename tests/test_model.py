@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gradients import CountedEmbedding, HeadLoss, highest, softmax_loss, token_counts, with_chosen
+from gradients import CountedEmbedding, HeadLoss, highest, softmax_loss, token_counts, total_norm, with_chosen
 from model import (
     MASK_OF, MASKS, GPT, GPTConfig, evaluate, frame, kernel_attention, load_model, model_bytes, padded_vocab_size, plain_attention, position_bias,
 )  # fmt: skip
@@ -333,6 +333,15 @@ def test_embedding_gradient_is_torchs_scale_grad_by_freq():
     CountedEmbedding.apply(ours, tokens, token_counts(tokens, 64)).backward(out_gradient)
     F.embedding(tokens, theirs, scale_grad_by_freq=True).backward(out_gradient)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_all_gradients(dtype):
+    gradients = [torch.randn(shape).to(dtype) for shape in [(1500, 1000), (7,), ()]]
+    before = [gradient.clone() for gradient in gradients]
+    truth = torch.cat([gradient.double().flatten() for gradient in gradients]).norm()
+    torch.testing.assert_close(total_norm(gradients), truth.float(), rtol=1e-4, atol=0)
+    assert all(map(torch.equal, gradients, before))
 
 
 @pytest.mark.parametrize("chunk, part, factor", [(7, 2**21, 3), (1000, 2**21, 1), (1000, 200, 3), (7, 1, 1)])
