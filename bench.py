@@ -14,7 +14,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import fcntl
 import functools
 import math
 import multiprocessing
@@ -27,12 +29,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -150,6 +150,15 @@ def peak_memory(device: torch.device) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
+@contextlib.contextmanager
+def turn() -> Iterator[None]:
+    """Whoever measures on this machine waits here for the others; the lock ends with the process, however that ends."""
+    with open(Path(tempfile.gettempdir()) / f"bench-{os.getuid()}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@turn()
 def first_steps(case: Case, data: str, reference: bool) -> dict[str, float]:
     """In a fresh process: seconds to the first step and to the first ones that are longer or go backward; peak MB."""
     device, dtype, compiled, _ = choose_machine(case.settings(data))
@@ -185,20 +194,29 @@ def steady_state(case: Case, data: str, full: bool) -> dict:
         work["loading"] = lambda: training.windows.next(case.batch, case.seq_len)
     peers, lost = bench_peers.steps(Path(case.peers), case, training.train_tokens.data, device, dtype, compiled) if case.peers else ({}, {})
     work |= peers
-    times = medians(work, case.repeats, device)
+    if not full:
+        for function in work.values():  # compiles, while another point is measured
+            function()
+    with turn():
+        times = medians(work, case.repeats, device)
+        idle = idle_share(functools.partial(step, "fw")) if full and device.type == "cuda" else None
     return {
         **asdict(case), "full": full, "params": training.model.num_params(), "flops": flops(training.model.config, case.batch, case.seq_len),
         "peak_flops_per_s": 1000 * product_flops / times["peak"]["low"], "times": times,
-        "idle": idle_share(functools.partial(step, "fw")) if full and device.type == "cuda" else None,
-        "device": device.type, "dtype": str(dtype)[6:], "compiled": compiled, "machine": machine, "peers_failed": lost,
+        "idle": idle, "device": device.type, "dtype": str(dtype)[6:], "compiled": compiled, "machine": machine, "peers_failed": lost,
         "sdpa": [kernel.name for kernel in _cur_sdpa_kernel_backends(with_priority=True)] if device.type == "cuda" else None,
         "load": os.getloadavg()[0], "cores": os.cpu_count(), **{name: x for name, x in provenance().items() if name in ("versions", "git_commit")},
     }  # fmt: skip
 
 
-def in_fresh_process(function: Callable[..., Any], *args) -> Any:
+def call(function: Callable[..., Any], args: tuple, environment: dict[str, str]) -> Any:
+    os.environ.update(environment)
+    return function(*args)
+
+
+def in_fresh_process(function: Callable[..., Any], *args, **environment: str) -> Any:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
+        return pool.submit(call, function, args, environment).result()
 
 
 def measure(case: Case, full: bool) -> dict:
@@ -206,14 +224,11 @@ def measure(case: Case, full: bool) -> dict:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a compiler may still be writing
         # Where first steps are timed the compiler's cache is cold for them, and then warm for the steady state.
         cache = {"TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "compiled")} if full else {}
+        fresh = functools.partial(in_fresh_process, **cache)
         data = str(made_up_data(Path(folder) / "data", case))
         try:
-            with patch.dict(os.environ, cache):
-                first = {"ours": in_fresh_process(first_steps, case, data, False)} if full else {}
-                point = in_fresh_process(steady_state, case, data, full)
-                if full:
-                    first["reference"] = in_fresh_process(first_steps, case, data, True)
-            return point | {"first_steps": first}
+            first = {"ours": fresh(first_steps, case, data, False), "reference": fresh(first_steps, case, data, True)} if full else {}
+            return fresh(steady_state, case, data, full) | {"first_steps": first}
         except Exception as error:  # out of memory, or what nobody thought of: the other points are worth having
             return asdict(case) | {"full": full, "failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
 
@@ -221,7 +236,7 @@ def measure(case: Case, full: bool) -> dict:
 def prepare_seconds(source: str, out: str) -> float:
     """In a fresh process: from file to file, the tokenizer's loading included, Python's own start not."""
     start = time.perf_counter()
-    with redirect_stdout(None):
+    with contextlib.redirect_stdout(None):
         prepare([source, "--out", out])
     return time.perf_counter() - start
 
@@ -281,6 +296,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seq_len", type=count, help="tokens of a window (default: 512 on a CPU, 1024 on a GPU)")
     parser.add_argument("--batch", type=count, help="windows per step (default: 4 on a CPU, 32 on a GPU)")
     parser.add_argument("--repeats", type=count, default=5, help="of every timing, each at least 0.2 s (default: 5)")
+    parser.add_argument("--ahead", type=count, default=1, help="points under way at once: others start and compile while one is timed (default: 1)")
     parser.add_argument("--all", action="store_true", help="other sizes and lengths too")
     parser.add_argument("--sweep", choices=("lengths", "sizes"), help="of --all this sweep alone, without the sizes that are measured in full")
     parser.add_argument("--peers", help="folder with clones of hlb-gpt and nanoGPT, whose own code is timed too")
@@ -305,10 +321,11 @@ def run(args: argparse.Namespace, command: str) -> Path:
     path = args.out / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}_{name}.json"
     content = {"date": datetime.date.today().isoformat(), "command": command, "machine": machine, "device": device.type, "points": []}
     print(machine)
-    for case, full in cases(args, device.type):
-        content["points"].append(measure(case, full))
-        write_json(path, content)
-        print(bench_report.sentence(content["points"][-1]), flush=True)
+    with ThreadPoolExecutor(args.ahead) as pool:
+        for point in pool.map(lambda case: measure(*case), cases(args, device.type)):
+            content["points"].append(point)
+            write_json(path, content)
+            print(bench_report.sentence(point), flush=True)
     if args.text:
         write_json(path, content | {"prepare": measure_prepare(args.text)})
     return path

@@ -153,12 +153,14 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help=f"tokens of a window (default: {' '.join(map(str, LENGTHS))})")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: all that are here")
     parser.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="auto: both")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: both")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results (default: results/bench)")
     args = parser.parse_args(argv)
     if min(args.lengths) < 2:
         parser.error("--lengths must be at least 2")
     here = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    ways = [way for way in all_ways() if way.device in here and args.device in ("auto", way.device) and args.compile in ("auto", way.compile)]
+    asked = {name: value for name in ("device", "compile", "dtype") if (value := getattr(args, name)) != "auto"}
+    ways = [way for way in all_ways() if way.device in here and asked.items() <= asdict(way).items()]
     rows = []
     try:
         device, _, _, machine = choose_machine(Settings(device=args.device))

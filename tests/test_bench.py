@@ -167,7 +167,7 @@ def test_of_equal_points_the_newest_counts_and_failed_ones_are_left_out():
 
 
 def test_a_point_that_fails_does_not_end_the_run(monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory\nand more")
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
