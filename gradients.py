@@ -63,13 +63,22 @@ def highest(x: Tensor) -> tuple[Tensor, Tensor]:
     return top, block * size + place
 
 
-def normalise(logits: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """total + left @ right, in float32 from the second product on; a GPU's product adds to it in place."""
+    if left.is_cuda:
+        total = left.new_zeros(left.shape[0], right.shape[1], dtype=torch.float32) if total is None else total
+        return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    product = left @ right
+    return product if total is None else total.float().add_(product)
+
+
+def normalise(logits: Tensor, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """The highest of each row of logits (N, V), its place and its probability, all (N, 1), in float32.
 
-    With a scale (a scalar), the logits make way for scale x their softmax; without, they may be overwritten, too.
+    With a scale, the logits make way for scale x their softmax; without, they may be overwritten, too.
     """
     x = logits.float()
-    top, best = x.max(-1, keepdim=True) if x.is_cuda or torch.compiler.is_compiling() else highest(x)
+    top, best = x.max(-1, keepdim=True) if x.is_cuda else highest(x)
     e = x.sub_(top).mul_(1 / math.log(2)).exp2_()  # on a CPU torch's exp2 takes a quarter of the time of its exp
     p_top = 1 / e.sum(-1, keepdim=True)
     if scale is not None:
@@ -77,53 +86,26 @@ def normalise(logits: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Ten
     return top, best, p_top
 
 
-def softmax(logits: Tensor, targets: Tensor, chosen: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """logits (N, V), targets (N, 1) and their logits (N, 1) -> loss in nats, top-1 hit, probability of the targets, all
-    (N, 1). `scale`: see `normalise`. On a CPU as many rows at a time as fit its cache: twice as fast."""
-    if logits.is_cuda or torch.compiler.is_compiling():
-        top, best, p_top = normalise(logits, scale)
-    else:
-        parts = logits.split(max(1, HeadLoss.PART // logits.shape[1]))
-        top, best, p_top = (torch.cat(tensors) for tensors in zip(*(normalise(part, scale) for part in parts)))
-    below = top - chosen.float()
-    return below - p_top.log(), best == targets, (-below).exp() * p_top
+def softmax(logits: Tensor, targets: Tensor, scale: float | None = None) -> Tensor:
+    """logits (N, V), targets (N,) -> (2, N) in float32: losses in nats, and whether the target was the highest.
 
-
-def softmax_loss(logits: Tensor, targets: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (N, V), targets (N, 1) and their logits (N, 1) -> loss in nats and top-1 hit, both (N, 1)."""
-    return softmax(logits, targets, chosen)[:2]
-
-
-def softmax_gradient(logits: Tensor, targets: Tensor, chosen: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of losses and hits as (2,), and the targets' gradient (N, 1); logits (N, V) make way for that of all others.
-
-    The gradient is that of the summed losses / denominator (a scalar). The targets' own, p - 1, is left to the caller to
-    put in its place, as their logits are to fetch: a compiler that sees logits read or written out of order takes one
-    more pass over all of them. It is computed in float32, where p near 1 is not yet 1.
+    With a scale, the logits make way for the gradient of scale x the summed losses: scale x (softmax - one at the target);
+    without, they may be overwritten, too. On a CPU as many rows at a time as fit its cache: twice as fast.
     """
-    loss, hits, p = softmax(logits, targets, chosen, 1 / denominator)
-    return torch.stack([loss.sum(), hits.sum()]), ((p - 1) / denominator).to(logits.dtype)
-
-
-def place_of(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the targets (N, 1) stand among logits (N, V), as an index: scatter_ of bf16 is 100 times as slow on a CPU."""
-    return torch.arange(len(targets), device=targets.device)[:, None], targets
-
-
-def with_chosen(logits: Tensor, targets: Tensor, compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """logits (N, V), targets (N, 1) and their logits (N, 1), for the functions above."""
-    inputs = logits, targets, logits[place_of(targets)]
-    if compiled:  # or the length of the last chunk would be one more graph
-        for tensor in inputs:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    return inputs
+    at_target = torch.arange(len(targets), device=targets.device), targets  # an index: scatter_ of bf16 is 100 times as slow on a CPU
+    chosen, rows = logits[at_target][:, None], len(logits) if logits.is_cuda else max(1, HeadLoss.PART // logits.shape[1])
+    top, best, p_top = (torch.cat(tensors) for tensors in zip(*(normalise(part, scale) for part in logits.split(rows))))
+    below = top - chosen.float()
+    if scale is not None:  # from float32, where a probability near 1 is not yet 1
+        logits[at_target] = (scale * ((-below).exp() * p_top - 1)).to(logits.dtype)[:, 0]
+    return torch.stack([below - p_top.log(), best == targets[:, None]])[..., 0]
 
 
 class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of a linear head, and its gradients, a chunk of tokens at a time.
 
     The logits are never all in memory, and never computed twice: the loss is a scalar, so its gradient is known up to
-    a factor as soon as a chunk's logits are. `gradient` is softmax_gradient, or what torch.compile made of it.
+    a factor as soon as a chunk's logits are. `softmax` is the one above, or that of softmax_kernel.py.
     """
 
     CHUNK = {"cpu": 2048, "cuda": 4096}  # tokens per matrix product; 2048 x 50304 logits are 200 MB in bf16
@@ -131,22 +113,17 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, denominator: int,
-                gradient: Callable[..., tuple[Tensor, Tensor]] = softmax_gradient) -> tuple[Tensor, Tensor]:  # fmt: skip
-        sums = torch.zeros(2, device=hidden.device)
-        compiled, divisor = gradient is not softmax_gradient, sums.new_full((), denominator)
-        grad_hidden = torch.empty_like(hidden)
+                softmax: Callable[..., Tensor] = softmax) -> tuple[Tensor, Tensor]:  # fmt: skip
+        sums, grad_hidden = torch.zeros(2, device=hidden.device), torch.empty_like(hidden)
         chunk = HeadLoss.CHUNK[hidden.device.type]
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))
         for start in range(0, max(1, len(targets)), chunk):  # once without tokens, for zeros
             piece = slice(start, start + chunk)
-            x, y = hidden[piece], targets[piece, None]
+            x = hidden[piece]
             logits = torch.mm(x, weight.T, out=buffer[: len(x)])
-            figures, at_targets = gradient(*with_chosen(logits, y, compiled), divisor)
-            sums += figures
-            logits[place_of(y)] = at_targets
+            sums += softmax(logits, targets[piece], 1 / denominator).sum(1)
             torch.mm(logits, weight, out=grad_hidden[piece])
-            product = logits.T @ x
-            grad_weight = product if start == 0 else grad_weight.float().add_(product)
+            grad_weight = add_product(grad_weight if start else None, logits.T, x)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight.dtype
         loss, hits = sums[0] / denominator, sums[1] / denominator  # no views: they may be changed in place

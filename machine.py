@@ -46,13 +46,8 @@ def tune_cpu() -> None:
 
 
 def tune(device: str) -> None:
-    """What torch is to do otherwise on "cpu" or "cuda". For whatever computes, before it does.
-
-    On new cards torch's first choice for attention is cuDNN's kernel, which plans anew for every shape, and whose gradients
-    can be NaN under a mask (https://github.com/pytorch/pytorch/issues/196678): flash attention takes its place.
-    """
+    """What torch is to do otherwise on "cpu" or "cuda". For whatever computes, before it does."""
     if device == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)
         gc.collect()  # a compiled block refers to itself: the model of the run before would stay on the card
     else:
         tune_cpu()

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradients import CountedEmbedding, HeadLoss, softmax_gradient, softmax_loss, token_counts, with_chosen
+from gradients import CountedEmbedding, HeadLoss, softmax, token_counts
 
 MASKS = ("causal", "anticausal", "none", "flipped")
 MASK_OF = {"fw": "causal", "bw": "anticausal"}  # the mask that belongs to a direction
@@ -136,13 +136,21 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> 
     return logits.softmax(-1).to(value.dtype) @ value.contiguous()  # or the CPU's bf16 product copies it, backward transposed
 
 
-def kernel_attention(query: Tensor, key: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+def kernel_for(x: Tensor) -> str:
+    """Whether torch's causal kernel for tensors like x takes values wider than queries ("wide": cuDNN's does, torch's first
+    choice on Hopper cards and later) or not ("narrow": flash attention)."""
+    cudnn = x.is_cuda and x.dtype != torch.float32 and torch.backends.cuda.cudnn_sdp_enabled() and torch.cuda.is_available()
+    return "wide" if cudnn and torch.cuda.get_device_capability(x.device) >= (9, 0) else "narrow"
+
+
+def kernel_attention(query: Tensor, key: Tensor, value: Tensor, slope: Tensor, wide: bool = False) -> Tensor:
     """Causal attention with the learned slope, by any stock causal kernel. Shapes as in `plain_attention`.
 
     No mask tensor: slope * (j - i) is four more channels of the dot product, (1024, 32, 1, -i) * slope for the query and
     the digits of j to the base of 32 and a 1 for the key, exact in bf16 up to key 262143. A softmax over j ignores the last
     one, but without it the slope's gradient would multiply rounding errors by j instead of j - i.
-    Kernels want values no wider than queries, so the value channels are split into groups that share query and key.
+    Kernels want values no wider than queries, so the value channels are split into groups that share query and key;
+    `wide`: the kernel takes values of up to 128 channels whatever the queries have, so that there are fewer groups.
     """
     B, H, T, dim = query.shape
     position = torch.arange(T, device=key.device)
@@ -152,14 +160,19 @@ def kernel_attention(query: Tensor, key: Tensor, value: Tensor, slope: Tensor) -
     query_position = (slope.float() * unit).to(query.dtype).expand(B, H, T, 4)
 
     kernel_dim = 1 << (dim + 3).bit_length()  # the next power of two that holds dim + 4
-    groups = next(g for g in range(1, value.shape[-1] + 1) if value.shape[-1] % g == 0 and value.shape[-1] // g <= kernel_dim)
+    most = max(128, kernel_dim) if wide else kernel_dim
+    groups = next(g for g in range(1, value.shape[-1] + 1) if value.shape[-1] % g == 0 and value.shape[-1] // g <= most)
     group_dim = value.shape[-1] // groups
-    query = F.pad(torch.cat([query, query_position], -1), (0, kernel_dim - dim - 4))
-    key = F.pad(torch.cat([key, key_position], -1), (0, kernel_dim - dim - 4))
-    query, key = (x[:, :, None].expand(B, H, groups, T, kernel_dim).reshape(B, H * groups, T, kernel_dim) for x in (query, key))
-    value = value.unflatten(-1, (groups, group_dim)).transpose(2, 3).reshape(B, H * groups, T, group_dim)
-    value = F.pad(value, (0, kernel_dim - group_dim))
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=dim**-0.5)[..., :group_dim]
+
+    def heads(*parts: Tensor) -> Tensor:
+        """Channels (B, H, T, .) side by side and padded, for every group -> (B, H * groups, T, kernel_dim). Dense and in the order
+        B, T, head, as the kernels' results are: a compiler that expects them in another order than they come in gives up."""
+        x = F.pad(torch.cat(parts, -1), (0, kernel_dim - dim - 4)).transpose(1, 2)[..., None, :]
+        return x.expand(B, T, H, groups, kernel_dim).contiguous().flatten(2, 3).transpose(1, 2)
+
+    value = F.pad(value.transpose(1, 2).reshape(B, T, H * groups, group_dim), (0, -group_dim % 8 if wide else kernel_dim - group_dim))
+    out = F.scaled_dot_product_attention(heads(query, query_position), heads(key, key_position), value.contiguous().transpose(1, 2),
+                                         is_causal=True, scale=dim**-0.5)[..., :group_dim]  # fmt: skip
     return out.unflatten(1, (H, groups)).transpose(2, 3).flatten(-2)  # (B, H, T, Dv)
 
 
@@ -183,8 +196,8 @@ class Block(nn.Module):
         self.project = nn.Parameter(torch.empty(D, self.inner))
         self.slope = nn.Parameter(torch.ones(()))  # softplus of it multiplies the distance
 
-    def forward(self, x: Tensor, mask: str, kernel: bool = False, past: list[Tensor] | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D). `kernel` needs the causal mask; `past` holds keys and values and grows by T."""
+    def forward(self, x: Tensor, mask: str, kernel: str | None = None, past: list[Tensor] | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D). A `kernel` ("narrow" or "wide") needs the causal mask; `past` holds keys and values and grows by T."""
         config = self.config
         B, T, D = x.shape
         query, key, linear, gate = F.linear(self.norm(x), self.expand).split((self.qk_dim, self.qk_dim, self.inner, self.inner), -1)
@@ -197,7 +210,7 @@ class Block(nn.Module):
 
         slope = F.softplus(self.slope)
         if kernel:
-            attended = kernel_attention(query, key, value, slope)
+            attended = kernel_attention(query, key, value, slope, kernel == "wide")
         else:
             keys = torch.arange(key.shape[2], device=x.device)
             attended = plain_attention(query, key, value, position_bias(mask, slope, keys[-T:], keys, config.max_seq_len))
@@ -220,7 +233,7 @@ class GPT(nn.Module):
         if attention not in (None, "plain", "kernel"):
             raise ValueError(f'attention must be "plain", "kernel" or None, got {attention!r}')
         self.config, self.attention, self.compiled = config, attention, False
-        self.softmax_loss, self.softmax_gradient = softmax_loss, softmax_gradient
+        self.softmax = softmax
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, bias=False)
@@ -244,16 +257,19 @@ class GPT(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def compile_parts(self, **options) -> GPT:
-        """Compiles the block and the head's softmax with torch.compile(**options).
+        """Compiles the block with torch.compile(**options); on CUDA the head's softmax becomes one kernel, too.
 
-        One graph each for all blocks, lengths, batches and directions, and one more where no gradient is taken, for a
-        batch or a rest of 1, and for a mask that no kernel serves. Models of other widths in the same process need their
+        One graph for all blocks, lengths, batches and directions, and one more where no gradient is taken, for a
+        batch of 1, and for a mask that no kernel serves. Models of other widths in the same process need their
         own: more than the few that torch allows for before it gives up.
         """
         self.compiled, torch._dynamo.config.recompile_limit = True, 64
         for block in self.blocks:
             block.compile(**options)
-        self.softmax_loss, self.softmax_gradient = (torch.compile(f, **options) for f in (softmax_loss, softmax_gradient))
+        if self.head.is_cuda:
+            from softmax_kernel import softmax  # needs Triton, as the compiler does there
+
+            self.softmax = softmax
         return self
 
     def forward(self, tokens: Tensor, mask: str, depth: int | None = None) -> Tensor:
@@ -282,10 +298,10 @@ class GPT(nn.Module):
         if mask not in MASKS:
             raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {mask!r}")
         faster = "kernel" if x.is_cuda or x.shape[1] >= self.LONG else "plain"
-        kernel = (self.attention or faster) == "kernel" and mask in KERNEL_MASKS
+        kernel = kernel_for(x) if (self.attention or faster) == "kernel" and mask in KERNEL_MASKS else None
         # Positions enter only through distance, so an anticausal pass is a causal pass over the mirrored sequence:
         # one kernel and one compiled graph serve both directions.
-        mirrored = kernel and mask == "anticausal"
+        mirrored = kernel is not None and mask == "anticausal"
         x = x.flip(1) if mirrored else x
         if self.compiled:  # or a batch or length that happens to equal a width would be compiled as a constant
             torch._dynamo.maybe_mark_dynamic(x, (0, 1))
@@ -305,17 +321,14 @@ class GPT(nn.Module):
         """
         inputs, targets = frame(windows, direction, self.config.vocab_size, direction_tokens)
         hidden = self.hidden(inputs, mask or MASK_OF[direction], counts=counts)
-        return HeadLoss.apply(hidden.flatten(0, 1), self.head, targets.flatten(), denominator or targets.numel(), self.softmax_gradient)
+        return HeadLoss.apply(hidden.flatten(0, 1), self.head, targets.flatten(), denominator or targets.numel(), self.softmax)
 
     @torch.no_grad()
     def score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """hidden (B, T, D) after the final norm, targets (B, T) -> per-token loss (B, T) in nats, top-1 hit (B, T)."""
-        losses, hits, chunk = [], [], HeadLoss.CHUNK[hidden.device.type]
-        for x, y in zip(hidden.flatten(0, 1).split(chunk), targets.reshape(-1, 1).split(chunk)):
-            loss, hit = self.softmax_loss(*with_chosen(F.linear(x, self.head), y, self.compiled))
-            losses.append(loss)
-            hits.append(hit)
-        return torch.cat(losses).reshape(targets.shape), torch.cat(hits).reshape(targets.shape)
+        pieces = zip(*(x.split(HeadLoss.CHUNK[x.device.type]) for x in (hidden.flatten(0, 1), targets.flatten())))
+        losses, hits = torch.cat([self.softmax(F.linear(x, self.head), y) for x, y in pieces], 1).unflatten(1, targets.shape)
+        return losses, hits
 
 
 # ---------------------------------------------------------------------------------------------------------------------

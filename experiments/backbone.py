@@ -350,6 +350,9 @@ def open_hugging_face(folder: str, name: str, kind: str, attention: str, dtype: 
 
     try:
         options = {"use_safetensors": True, "trust_remote_code": False, "dtype": dtype}
+        # On new cards torch's first choice for attention is cuDNN's kernel, whose gradients can be NaN under a mask
+        # (https://github.com/pytorch/pytorch/issues/196678): others take its place.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         model = getattr(transformers, kind).from_pretrained(folder, attn_implementation=attention, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")

@@ -30,6 +30,13 @@ COPIES = {aten._to_copy, aten.copy_}
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 
 
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, out_dtype: torch.dtype, out: torch.Tensor) -> torch.Tensor:
+    return out.copy_(total + left.to(out_dtype) @ right.to(out_dtype))
+
+
+CARDS_ONLY = {aten.addmm.dtype_out: add_product}  # what torch has no CPU kernel for
+
+
 class OnCard(torch.Tensor):
     """`inner`, a tensor on the CPU, as if it were on the card."""
 
@@ -87,7 +94,7 @@ def compute(function, args: tuple, kwargs: dict):
         return 0  # the formula
     Card.operations += there
     home = {name: value for name, value in (("device", "cpu"), ("pin_memory", False)) if kwargs.get(name) is not None}
-    result = function(*on_cpu(args), **on_cpu(kwargs) | home)
+    result = CARDS_ONLY.get(function, function)(*on_cpu(args), **on_cpu(kwargs) | home)
     if there:
         result = tree_map_only(torch.Tensor, OnCard, result)
     return return_and_correct_aliasing(function, args, kwargs, result) if there and card else result
@@ -150,6 +157,7 @@ def main(*commands: list[str]) -> None:
     torch.cuda._lazy_init = torch.cuda.synchronize = lambda: None
     torch.cuda.is_available = lambda: True
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
+    torch.cuda.get_device_capability = lambda device=None: (8, 0)
     torch.cuda.get_device_name = lambda: "a card that is none"
     torch.Tensor.pin_memory = lambda self: self
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

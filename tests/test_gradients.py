@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gradients import CountedEmbedding, HeadLoss, highest, softmax_loss, token_counts, total_norm, with_chosen
+from gradients import CountedEmbedding, HeadLoss, highest, softmax, token_counts, total_norm
 
 
 def test_embedding_gradient_is_torchs_scale_grad_by_freq():
@@ -57,11 +57,11 @@ def test_losses_of_sure_and_of_hopeless_tokens():
     """Near certainty a loss is a difference of nearly equal numbers; far from it the probability is 0 in float32."""
     logits = torch.zeros(4, 50304)
     logits[:, 7] = torch.tensor([20.0, 150.0, 5.0, 17.0])
-    targets = torch.tensor([[7], [3], [319], [7]])
-    truth = F.cross_entropy(logits.double(), targets[:, 0], reduction="none")
-    loss, hits = softmax_loss(*with_chosen(logits, targets, False))
-    torch.testing.assert_close(loss[:, 0].double(), truth, rtol=1e-6, atol=2e-6)  # torch's softmax in float32: 1.3e-4 off in the last one
-    assert hits[:, 0].tolist() == [True, False, False, True]
+    targets = torch.tensor([7, 3, 319, 7])
+    truth = F.cross_entropy(logits.double(), targets, reduction="none")
+    losses, hits = softmax(logits, targets)
+    torch.testing.assert_close(losses.double(), truth, rtol=1e-6, atol=2e-6)  # torch's softmax in float32: 1.3e-4 off in the last one
+    assert hits.tolist() == [1, 0, 0, 1]
 
 
 def test_head_loss_of_no_tokens_and_of_certain_ones():

@@ -43,8 +43,9 @@ def test_every_way_trains_the_same_model(way):
 
 
 @pytest.mark.parametrize("width", [64, 192, 384, 768, 1536])
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("device", sorted({way.device for way in WAYS}))
-def test_the_kernel_at_the_sizes_of_the_study(device, width):
+def test_the_kernel_at_the_sizes_of_the_study(device, wide, width):
     """Values and gradients: a kernel chosen by shape, and query and key that the groups of values share without a copy."""
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.03)):
         shapes = (2, 1, 129, width // 8), (2, 1, 129, width // 8), (2, 1, 129, width), ()
@@ -54,25 +55,25 @@ def test_the_kernel_at_the_sizes_of_the_study(device, width):
         for results, attend in ((found, model.kernel_attention), (truth, None)):
             query, key, value, slope = (x if attend else x.float() for x in inputs)
             bias = model.position_bias("causal", slope.exp(), positions, positions, 129)
-            out = attend(query, key, value, slope.exp()) if attend else model.plain_attention(query, key, value, bias)
+            out = attend(query, key, value, slope.exp(), wide) if attend else model.plain_attention(query, key, value, bias)
             results += [out.float(), *(x.float() for x in torch.autograd.grad((out.float() * weights).sum(), inputs))]
         names = ("out", "query", "key", "value", "slope")[: 5 if dtype == torch.float32 else 4]  # in bf16 the slope's sum cancels itself
         for name, a, b in zip(names, found, truth):
             assert (a - b).norm() <= tolerance * b.norm(), (name, dtype, ((a - b).norm() / b.norm()).item())
 
 
-def leaks(query, key, value, slope):
+def leaks(query, key, value, slope, wide):
     logits = query @ key.mT * query.shape[-1] ** -0.5
     return logits.softmax(-1) @ value
 
 
-def one_too_far(query, key, value, slope):
+def one_too_far(query, key, value, slope, wide):
     """Causal, but the slope is a tenth too steep."""
     positions = torch.arange(query.shape[-2])
     return model.plain_attention(query, key, value, model.position_bias("causal", 1.1 * slope, positions, positions, 10**6))
 
 
-def blind(query, key, value, slope):
+def blind(query, key, value, slope, wide):
     return value
 
 
