@@ -107,7 +107,7 @@ def medians(work: dict[str, Callable[[], object]], repeats: int, device: torch.d
     In every repeat each function has its turn: what slows the machine down for a while slows all of them down.
     """
     times, calls = {name: [] for name in work}, dict.fromkeys(work, 1)
-    for repeat in range(-2, repeats):  # two to warm up; the second says how many calls take 0.2 s
+    for repeat in range(-3, repeats):  # to compile, to record, and to see how many calls take 0.2 s
         for name, function in work.items():
             wait(device)
             start = time.perf_counter()

@@ -66,7 +66,7 @@ class Reference(Training):
     """The same training step around the reference's loss, attention in bf16."""
 
     @bf16_attention()
-    def one_pass(self, windows: Tensor, direction: str, share: float) -> Tensor:
+    def one_pass(self, windows: Tensor, direction: str, share: float | Tensor) -> Tensor:
         loss = reference_loss(self.model, windows, direction)
         (loss * share).backward()
         return torch.stack([loss.detach().float(), torch.zeros((), device=self.device)])

@@ -76,7 +76,7 @@ class Settings:
     eval_every: int | None = Option(50, "steps between evaluations, and so between checkpoints", 1)
     eval_epochs: float | None = Option(0.25, "evaluate at least this often; late steps of the recipe are long", 0.0001)
     device: str = Option("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
-    compile: str = Option("auto", "torch.compile the block; auto: on CUDA with a compiler", choices=("auto", "on", "off"))
+    compile: str = Option("auto", "torch.compile the block, and on CUDA record whole passes as graphs; auto: on CUDA with a compiler", choices=("auto", "on", "off"))
 
 
 OPERATIONAL = ("study", "eval_every", "eval_epochs", "physical_tokens", "device", "compile")  # not part of a run's name
@@ -204,9 +204,9 @@ class Optimizers:
         for optimizer in self.optimizers:
             optimizer.step()
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:
         for optimizer in self.optimizers:
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> list[dict]:
         return [optimizer.state_dict() for optimizer in self.optimizers]

@@ -33,6 +33,7 @@ import runs
 from data.tokens import Tokens, TrainingWindows, find_folder, open_tokens, validation_windows
 from flags import parse_grid
 from gradients import token_counts, total_norm
+from graphs import Replay
 from grid import Claim, run_folder, status, train_all
 from machine import Group, choose_machine, provenance
 from model import GPT, MASK_OF, evaluate, frame, model_bytes, padded_vocab_size
@@ -81,6 +82,11 @@ class Training:
         self.model = GPT(shape(settings, padded_vocab_size(self.train_tokens.meta["vocab_size"])), settings.seed).to(device, dtype)
         if compiled:
             self.model.compile_parts()
+        self.run_pass, self.replays = self.one_pass, compiled and device.type == "cuda" and not settings.dropout  # which seeds every pass
+        if self.replays:
+            self.run_pass = Replay(self.one_pass)
+            for parameter in self.model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
         self.recipe = Recipe(settings, self.model.num_params())
         self.optimizer = make_optimizer(self.model, settings.optimizer)
         self.progress = Progress(p_bw=settings.p_bw, micro_batches=settings.micro_batches or 0.1)
@@ -105,11 +111,11 @@ class Training:
             return ("bw",) if backward else ("fw",)
         return ("fw", "bw") if backward else ("fw",)
 
-    def one_pass(self, windows: torch.Tensor, direction: str, share: float) -> torch.Tensor:
+    def one_pass(self, windows: torch.Tensor, direction: str, share: float | torch.Tensor) -> torch.Tensor:
         """Adds the gradients of `share` times the loss of windows (B, L+1); returns (loss, share of hits) as (2,).
 
         In pieces of `physical_tokens`, by several processes, always with the whole pass's token counts and denominator,
-        so that it makes no difference. The loss is that of all processes, the gradients are this one's part.
+        so that it makes no difference. Loss, hits and gradients are this process's part.
         """
         s, vocab_size = self.settings, self.model.config.vocab_size
         inputs, targets = frame(windows, direction, vocab_size, s.direction_tokens)
@@ -124,7 +130,6 @@ class Training:
             loss, hits = self.model.loss(piece, direction, mask, s.direction_tokens, counts, targets.numel())
             (loss * share).backward()
             sums += torch.stack([loss.detach(), hits])
-        self.group.sum([sums])
         return sums
 
     def step(self) -> None:
@@ -137,7 +142,8 @@ class Training:
         for _ in range(count):
             windows = torch.from_numpy(self.windows.next(batch, length))
             windows = windows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else windows
-            last = {direction: self.one_pass(windows, direction, 1 / count) for direction in self.directions()}
+            last = {direction: self.run_pass(windows, direction, 1 / count) for direction in self.directions()}
+            self.group.sum(last.values())
             for direction, figures in last.items():
                 sums[direction] = sums.get(direction, 0) + figures
                 passes[direction] += 1
@@ -156,7 +162,7 @@ class Training:
             group["lr"] = self.recipe.lr(p.step)[group["name"]]
             group["weight_decay"] = self.recipe.weight_decay(p.last_loss) if group["name"] == "matrices" else 0.0
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.replays)
         figures = torch.stack([last.get("fw", last.get("bw"))[0], *(sums[main] / passes[main]), grad_norm])
         self.group.agree(figures)
         event = None
