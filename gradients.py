@@ -93,7 +93,7 @@ def softmax(logits: Tensor, targets: Tensor, scale: float | None = None) -> Tens
     without, they may be overwritten, too. On a CPU as many rows at a time as fit its cache: twice as fast.
     """
     at_target = torch.arange(len(targets), device=targets.device), targets  # an index: scatter_ of bf16 is 100 times as slow on a CPU
-    chosen, rows = logits[at_target][:, None], len(logits) if logits.is_cuda else max(1, HeadLoss.PART // logits.shape[1])
+    chosen, rows = logits[at_target][:, None], max(1, HeadLoss.PART[logits.device.type] // logits.shape[1])
     top, best, p_top = (torch.cat(tensors) for tensors in zip(*(normalise(part, scale) for part in logits.split(rows))))
     below = top - chosen.float()
     if scale is not None:  # from float32, where a probability near 1 is not yet 1
@@ -108,8 +108,8 @@ class HeadLoss(torch.autograd.Function):
     a factor as soon as a chunk's logits are. `softmax` is the one above, or that of softmax_kernel.py.
     """
 
-    CHUNK = {"cpu": 2048, "cuda": 4096}  # tokens per matrix product; 2048 x 50304 logits are 200 MB in bf16
-    PART = 2**21  # logits that fit a CPU's cache: see `softmax`
+    CHUNK = {"cpu": 2048, "cuda": 8192}  # tokens per matrix product; 2048 x 50304 logits are 200 MB in bf16
+    PART = {"cpu": 2**21, "cuda": 2**26}  # logits that `softmax` takes to float32 at once: those that fit a CPU's cache
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, denominator: int,
