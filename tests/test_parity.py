@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -60,6 +61,28 @@ def test_the_kernel_at_the_sizes_of_the_study(device, wide, width):
         names = ("out", "query", "key", "value", "slope")[: 5 if dtype == torch.float32 else 4]  # in bf16 the slope's sum cancels itself
         for name, a, b in zip(names, found, truth):
             assert (a - b).norm() <= tolerance * b.norm(), (name, dtype, ((a - b).norm() / b.norm()).item())
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_heads_are_dense_and_in_the_order_of_the_results(monkeypatch, wide):
+    """Or torch's compiler expects a CUDA kernel's results in another order than they come in, and stops (torch 2.11, on an H200)."""
+    seen, real = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *heads, **more: seen.extend(heads) or real(*heads, **more))
+    fused = torch.randn(2, 9, 480)  # as Block cuts them from one product
+    query, key, value = (x.unflatten(-1, (1, -1)).transpose(1, 2) for x in fused.split((48, 48, 384), -1))
+    assert model.kernel_attention(query, key, value, torch.ones(()), wide).shape == (2, 1, 9, 384)
+    assert [x.shape[1:] for x in seen] == ([(3, 9, 64), (3, 9, 64), (3, 9, 128)] if wide else [(6, 9, 64)] * 3)
+    assert all(x.transpose(1, 2).is_contiguous() for x in seen)
+
+
+def test_values_are_wide_where_cudnn_computes(monkeypatch):
+    card = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, enabled, kind in (((9, 0), True, "wide"), ((8, 0), True, "narrow"), ((9, 0), False, "narrow")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda enabled=enabled: enabled)
+        assert model.kernel_for(card) == kind
+    assert model.kernel_for(torch.zeros(1)) == "narrow"
 
 
 def leaks(query, key, value, slope, wide):
