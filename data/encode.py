@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -39,10 +39,12 @@ TASK = 1 << 18              # characters given to a worker at a time: about 10 m
 # run of white space at the character after the run, and no such run ends at the cut; nothing looks back. "Space" in
 # Python's sense includes all that Unicode (hence the tokenizer) calls white space. Others are encoded whole.
 GPT2_CUT, NEWER_CUT = re.compile(r"\S[ \n]"), re.compile(r"\S ")
+BYTE_CUTS = {GPT2_CUT: re.compile(rb"[!-~][ \n]"), NEWER_CUT: re.compile(rb"[!-~] ")}        # the same in ASCII's part of UTF-8
 CUTS = {**dict.fromkeys(("gpt2", "r50k_base", "p50k_base", "p50k_edit"), GPT2_CUT),
         **dict.fromkeys(("cl100k_base", "o200k_base", "o200k_harmony"), NEWER_CUT)}
 
 # A document is (blocks, ends): blocks yields (text, bytes of input read for it); `ends` asks for an end-of-text token.
+# Blocks that can be split unread (sources.TextPart) are: the workers read them then, and this process none of the text.
 Blocks = Iterable[tuple[str, int]]
 Document = tuple[Blocks, bool]
 
@@ -65,16 +67,26 @@ def chunks(blocks: Blocks, cut: re.Pattern | None, size: int) -> Iterator[tuple[
     yield text, read
 
 
-def tasks(split: Iterable[Document], cut: re.Pattern | None, size: int) -> Iterator[tuple[list[str | None], int, int]]:
-    """(pieces of text, None for an end-of-text token; bytes read; documents ended) for one worker at a time."""
-    pieces, characters, total_read, ended = [], 0, 0, 0
-    for blocks, ends in split:
+def pieces_of(blocks: Blocks, cut: re.Pattern | None, size: int) -> Iterator[tuple[Any, int, int]]:
+    """(text, or a part of a file that holds it; its size, in characters or bytes; bytes read)."""
+    if cut and hasattr(blocks, "split"):
+        for part in blocks.split(BYTE_CUTS[cut], size):
+            yield part, part.stop - part.start, part.stop - part.start
+    else:
         for text, read in chunks(blocks, cut, size):
-            pieces.append(text)
-            characters, total_read = characters + len(text), total_read + read
-            if characters >= size:
+            yield text, len(text), read
+
+
+def tasks(split: Iterable[Document], cut: re.Pattern | None, size: int) -> Iterator[tuple[list, int, int]]:
+    """(pieces of text, None for an end-of-text token; bytes read; documents ended) for one worker at a time."""
+    pieces, length, total_read, ended = [], 0, 0, 0
+    for blocks, ends in split:
+        for piece, more, read in pieces_of(blocks, cut, size):
+            pieces.append(piece)
+            length, total_read = length + more, total_read + read
+            if length >= size:
                 yield pieces, total_read, ended
-                pieces, characters, total_read, ended = [], 0, 0, 0
+                pieces, length, total_read, ended = [], 0, 0, 0
         pieces += [None] * ends
         ended += 1
     yield pieces, total_read, ended
@@ -86,13 +98,14 @@ def tokenizer_of(name: str):
     return load_tokenizer(name)
 
 
-def encode(tokenizer: str, dtype: str, pieces: list[str | None]) -> tuple[bytes, int]:
+def encode(tokenizer: str, dtype: str, pieces: list) -> tuple[bytes, int]:
     """Tokens of the pieces one after the other, as bytes, and the size of the text in UTF-8."""
     encoding, parts, size = tokenizer_of(tokenizer), [], 0
-    for text in pieces:
-        if text is None:
+    for piece in pieces:
+        if piece is None:
             parts.append(np.array([encoding.eot_token], DTYPES[dtype]))
             continue
+        text = piece if isinstance(piece, str) else piece.text()
         try:
             size += len(text) if text.isascii() else len(text.encode())
         except UnicodeEncodeError:      # JSON can spell half a surrogate pair: replaced as encode_ordinary does

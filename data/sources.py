@@ -19,7 +19,9 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from data.encode import Blocks, Document
 from data.tokens import DataError, OfflineError
@@ -40,22 +42,56 @@ def invalid_utf8(path: Path, offset: int, error: UnicodeDecodeError) -> DataErro
                      f"convert it to UTF-8 or repair that place")
 
 
-def read_txt(path: Path, start: int, stop: int) -> Blocks:
-    """Bytes start..stop of a text file, line ends as they are."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with open(path, "rb") as file:
-        file.seek(start)
-        while start < stop:
-            block = file.read(min(READ, stop - start))
-            if not block:
-                raise DataError(f"{path} became shorter while it was read")
-            undecoded = len(decoder.getstate()[0])          # start of a character that the last block cut in two
-            try:
-                text = decoder.decode(block, final=start + len(block) == stop)
-            except UnicodeDecodeError as error:
-                raise invalid_utf8(path, start - undecoded + error.start, error) from None
-            start += len(block)
-            yield text, len(block)
+@dataclass(frozen=True)
+class TextPart:
+    """Bytes start..stop of a text file, line ends as they are: blocks of text, or smaller parts, which nobody has read yet."""
+
+    path: Path
+    start: int
+    stop: int
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        """(text, bytes read for it), a block at a time."""
+        decoder, start = codecs.getincrementaldecoder("utf-8")(), self.start
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            while start < self.stop:
+                block = file.read(min(READ, self.stop - start))
+                if not block:
+                    raise DataError(f"{self.path} became shorter while it was read")
+                undecoded = len(decoder.getstate()[0])          # start of a character that the last block cut in two
+                try:
+                    text = decoder.decode(block, final=start + len(block) == self.stop)
+                except UnicodeDecodeError as error:
+                    raise invalid_utf8(self.path, start - undecoded + error.start, error) from None
+                start += len(block)
+                yield text, len(block)
+
+    def text(self) -> str:
+        return "".join(text for text, _ in self)
+
+    def split(self, cut: re.Pattern, size: int) -> Iterator[TextPart]:
+        """Parts of at least `size` bytes, up to the first byte of the next match of `cut` (two bytes of ASCII, which are
+        never parts of other characters). Only what lies around the cuts is read."""
+        start = self.start
+        with open(self.path, "rb") as file:
+            while (end := self.behind_match(file, cut, start + size - 1)) < self.stop:
+                yield TextPart(self.path, start, end)
+                start = end
+        yield TextPart(self.path, start, self.stop)
+
+    def behind_match(self, file: BinaryIO, cut: re.Pattern, position: int) -> int:
+        """Behind the first byte of the first match at or after `position`; `stop` without one."""
+        length = 1 << 12
+        while position < self.stop:
+            file.seek(position)
+            window = file.read(min(length, self.stop - position))
+            if found := cut.search(window):
+                return position + found.start() + 1
+            if not window:          # became shorter: whoever reads this part will say so
+                break
+            position, length = position + max(1, len(window) - 1), READ        # a match may lie across two windows
+        return self.stop
 
 
 def read_jsonl(path: Path, field: str) -> Iterator[tuple[str, int]]:
@@ -217,7 +253,7 @@ def local_splits(source: Path, field: str, val_fraction: float) -> tuple[dict[st
 def documents(files: list[Path], field: str) -> Iterator[Document]:
     for path in files:
         if suffix_of(path) == ".txt":
-            yield read_txt(path, 0, path.stat().st_size), len(files) > 1
+            yield TextPart(path, 0, path.stat().st_size), len(files) > 1
         else:
             for block in (read_parquet if suffix_of(path) == ".parquet" else read_jsonl)(path, field):
                 yield (block,), True
@@ -234,7 +270,7 @@ def share_of_bytes(files: list[Path], val_fraction: float) -> dict[str, Iterator
         train += [(path, 0, cut)] * (cut > 0)
         val += [(path, cut, size)] * (cut < size)
     ends = len(files) > 1
-    return {"train": ((read_txt(*part), ends) for part in train), "val": ((read_txt(*part), ends) for part in val)}
+    return {"train": ((TextPart(*part), ends) for part in train), "val": ((TextPart(*part), ends) for part in val)}
 
 
 def behind(path: Path, position: int, mark: bytes) -> int:

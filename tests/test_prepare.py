@@ -108,6 +108,31 @@ def test_the_newer_patterns_are_cut_safely_too(monkeypatch, name):
     assert count > 2000
 
 
+@pytest.mark.parametrize("name", ["gpt2", "cl100k_base"])
+def test_files_are_split_unread_where_texts_may_be_cut(tmp_path, name):
+    """Every part but the first begins where a text may be cut; together they are the file."""
+    rng, path, cut, count = random.Random(2), tmp_path / "text.txt", encode.CUTS[name], 0
+    for _ in range(500):
+        text = "".join(rng.choices(ALPHABET, k=rng.randrange(1, 60)))
+        path.write_bytes(text.encode())
+        before, size = rng.randrange(3), rng.choice((1, 2, 8, 40))
+        begin = len(text[:before].encode())
+        parts = list(sources.TextPart(path, begin, len(text.encode())).split(encode.BYTE_CUTS[cut], size))
+        texts = [part.text() for part in parts]
+        assert "".join(texts) == text[before:] and all(part.stop - part.start >= size for part in parts[:-1])
+        assert all(cut.fullmatch(a[-1] + b[0]) for a, b in zip(texts, texts[1:]))
+        count += len(parts)
+    assert count > 900
+    for letters in (4094, 4095, 4096, 4097, sources.READ + 4095):       # around the ends of what is read to find a cut
+        path.write_text("x" * letters + " y")
+        part = sources.TextPart(path, 0, letters + 2)
+        assert [part.stop for part in part.split(encode.BYTE_CUTS[cut], 1)] == [letters, letters + 2]
+    path.write_text("short")
+    (part,) = part.split(encode.BYTE_CUTS[cut], 1)
+    with pytest.raises(DataError, match="became shorter"):
+        part.text()
+
+
 def test_long_text_is_cut_in_linear_time_and_grows_only_where_it_must():
     pieces = in_pieces("word " * 40_000 + "x" * 100_000 + " end", "gpt2", 1000, 500)
     assert max(map(len, pieces[:-3])) < 510 and max(map(len, pieces)) >= 100_000
