@@ -10,26 +10,34 @@ zero between steps, not freed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 
+@cache
+def side_stream() -> torch.cuda.Stream:
+    """One for all runs of a process: CUDA's libraries keep memory for every stream they were used in."""
+    return torch.cuda.Stream()
+
+
 class Replay:
     """`one_pass(windows, direction, share)`, recorded for every direction and shape of windows it is called with."""
 
     def __init__(self, one_pass: Callable[[Tensor, str, float | Tensor], Tensor]) -> None:
-        self.one_pass, self.recorded = one_pass, {}
-        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()  # one memory for all: one pass runs at a time
+        self.one_pass, self.recorded, self.refused = one_pass, {}, False
+        self.stream, self.pool = side_stream(), torch.cuda.graph_pool_handle()  # one memory for all: one pass runs at a time
 
     def __call__(self, windows: Tensor, direction: str, share: float) -> Tensor:
         key = direction, *windows.shape
         if key not in self.recorded:
+            self.make_room()
             self.recorded[key] = None  # the first time compiles, which cannot be recorded
-        elif self.recorded[key] is None:
+        elif self.recorded[key] is None and not self.refused:
             self.recorded[key] = self.record(windows, direction, share)
-        if not self.recorded[key]:
+        if self.recorded[key] is None:
             # In the stream in which it is recorded: where gradients are added up is settled when they first are.
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
@@ -42,13 +50,29 @@ class Replay:
         graph.replay()
         return figures.clone()
 
-    def record(self, windows: Tensor, direction: str, share: float) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor] | tuple[()]:
-        """(graph, its windows, its share, its figures); nothing, and a line that says why, if it cannot be recorded."""
-        graph, windows, share = torch.cuda.CUDAGraph(), windows.clone(), torch.full((), share, device=windows.device)
+    def make_room(self) -> None:
+        """A pass that is computed cannot use the recordings' memory: on a card too small for both, they go and are made again."""
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by now nearly all of it the recordings'
+        if torch.cuda.mem_get_info()[0] < held:
+            self.forget()
+
+    def forget(self) -> None:
+        self.recorded, self.pool = dict.fromkeys(self.recorded), torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()
+
+    def record(self, windows: Tensor, direction: str, share: float) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor] | None:
+        """(graph, its windows, its share, its figures). If the pass cannot be recorded, a line says why and nothing is any more."""
+        before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        windows, share = windows.clone(), torch.full((), share, device=windows.device)
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 figures = self.one_pass(windows, direction, share)
         except RuntimeError as error:
             tqdm.write(f"passes are not recorded as CUDA graphs, which is slower: {str(error).splitlines()[0]}")
-            return ()
+            torch.cuda.set_stream(before)  # which a failed recording may leave behind
+            self.refused = True
+            self.forget()
+            return None
         return graph, windows, share, figures

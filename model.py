@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import safetensors
@@ -23,6 +23,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from gradients import CountedEmbedding, HeadLoss, softmax, token_counts
 
@@ -137,10 +138,17 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> 
 
 
 def kernel_for(x: Tensor) -> str:
-    """Whether torch's causal kernel for tensors like x takes values wider than queries ("wide": cuDNN's does, torch's first
-    choice on Hopper cards and later) or not ("narrow": flash attention)."""
-    cudnn = x.is_cuda and x.dtype != torch.float32 and torch.backends.cuda.cudnn_sdp_enabled() and torch.cuda.is_available()
-    return "wide" if cudnn and torch.cuda.get_device_capability(x.device) >= (9, 0) else "narrow"
+    """Whether torch's causal kernel for tensors like x takes values wider than queries ("wide": cuDNN's does, where it is torch's
+    first choice, as on Hopper cards) or not ("narrow": flash attention)."""
+    on_card = x.is_cuda and x.dtype != torch.float32 and torch.cuda.is_available()
+    return "wide" if on_card and cudnn_is_first(x.device, x.dtype, torch.backends.cuda.cudnn_sdp_enabled()) else "narrow"
+
+
+@cache
+def cudnn_is_first(device: torch.device, dtype: torch.dtype, enabled: bool) -> bool:
+    """torch's own answer, which depends on card, versions and environment, and changes with `enabled`."""
+    query, value = (torch.empty(1, 1, 128, dim, device=device, dtype=dtype) for dim in (64, 128))
+    return torch._fused_sdp_choice(query, query, value, is_causal=True) == SDPBackend.CUDNN_ATTENTION.value
 
 
 def kernel_attention(query: Tensor, key: Tensor, value: Tensor, slope: Tensor, wide: bool = False) -> Tensor:
@@ -160,7 +168,8 @@ def kernel_attention(query: Tensor, key: Tensor, value: Tensor, slope: Tensor, w
     query_position = (slope.float() * unit).to(query.dtype).expand(B, H, T, 4)
 
     kernel_dim = 1 << (dim + 3).bit_length()  # the next power of two that holds dim + 4
-    most = max(128, kernel_dim) if wide else kernel_dim
+    wide = wide and kernel_dim <= 128  # beyond, cuDNN wants values as wide as queries, too
+    most = 128 if wide else kernel_dim
     groups = next(g for g in range(1, value.shape[-1] + 1) if value.shape[-1] % g == 0 and value.shape[-1] // g <= most)
     group_dim = value.shape[-1] // groups
 

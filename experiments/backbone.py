@@ -303,6 +303,7 @@ def load_backbone(name: str, device: str = "cpu", attention: str = "sdpa") -> Ba
     Safetensors only, and no code from a model's repository is run. BackboneError says what is wrong in one sentence.
     """
     tune(device)
+    without_cudnn_attention()
     path = Path(name)
     file = path if path.suffix == ".safetensors" else path / "model.safetensors"
     try:
@@ -344,15 +345,19 @@ def find_hugging_face(name: str) -> str:
                             f"cache; without a network, copy the model's folder here and give its path") from None  # fmt: skip
 
 
+def without_cudnn_attention() -> None:
+    """On new cards torch's first choice for attention is cuDNN's kernel, which plans anew for every shape, and here each batch has its
+    own; and whose gradients can be NaN under a mask (https://github.com/pytorch/pytorch/issues/196678). Others take its place."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def open_hugging_face(folder: str, name: str, kind: str, attention: str, dtype: torch.dtype | str = "auto"):
     """(model, fast tokenizer or None). `kind` is the library's class: AutoModel, or AutoModelForCausalLM with the head."""
     import transformers
 
     try:
         options = {"use_safetensors": True, "trust_remote_code": False, "dtype": dtype}
-        # On new cards torch's first choice for attention is cuDNN's kernel, whose gradients can be NaN under a mask
-        # (https://github.com/pytorch/pytorch/issues/196678): others take its place.
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        without_cudnn_attention()
         model = getattr(transformers, kind).from_pretrained(folder, attn_implementation=attention, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")

@@ -157,7 +157,6 @@ def main(*commands: list[str]) -> None:
     torch.cuda._lazy_init = torch.cuda.synchronize = lambda: None
     torch.cuda.is_available = lambda: True
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
-    torch.cuda.get_device_capability = lambda device=None: (8, 0)
     torch.cuda.get_device_name = lambda: "a card that is none"
     torch.Tensor.pin_memory = lambda self: self
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

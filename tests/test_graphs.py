@@ -1,6 +1,7 @@
 """Recorded passes: on a GPU against computed ones; without one, when what is computed, recorded and replayed."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,62 +12,80 @@ import runs
 import train
 
 
-class Recorder:
-    """In place of CUDA's graphs where there is no card: a replay computes what was recorded, from and into the same memory."""
+class Card:
+    """In place of torch.cuda where there is none: a replay computes what was recorded, from and into the same memory."""
 
-    passes, fails = [], False
+    def __init__(self, monkeypatch):
+        self.free, self.refuses, self.calls = 100, False, []
 
-    def replay(self):
-        windows, share, figures, one_pass = self.recorded
-        figures.copy_(one_pass(windows, "fw", share))
+        @contextlib.contextmanager
+        def graph(graph, pool, stream):
+            self.calls.append("record")
+            if self.refuses:
+                raise RuntimeError("operation not permitted when stream is capturing\nand more")
+            yield
+
+        def replay(graph):
+            self.calls.append("replay")
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        fakes = {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda stream: contextlib.nullcontext(), "graph": graph,
+                 "set_stream": lambda stream: self.calls.append("back"), "CUDAGraph": type("CUDAGraph", (), {"replay": replay}), "synchronize": lambda: None,
+                 "empty_cache": lambda: None, "graph_pool_handle": object, "memory_reserved": lambda: 70, "memory_allocated": lambda: 20,
+                 "mem_get_info": lambda: (self.free, 200)}  # fmt: skip
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        graphs.side_stream.cache_clear()
+
+    def one_pass(self, windows, direction, share):
+        self.calls.append(f"{direction} {len(windows)}")
+        return windows.sum() * share + torch.zeros(2)
 
 
 @pytest.fixture
-def recorder(monkeypatch):
-    @contextlib.contextmanager
-    def record(graph, pool, stream):
-        if Recorder.fails:
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
-        yield
-
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: type("Stream", (), {"wait_stream": lambda self, other: None})())
-    monkeypatch.setattr(torch.cuda, "current_stream", torch.cuda.Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
-    monkeypatch.setattr(torch.cuda, "graph", record)
+def card(monkeypatch):
+    yield Card(monkeypatch)
+    graphs.side_stream.cache_clear()
 
 
-def test_computed_then_recorded_then_replayed(recorder, monkeypatch):
-    calls = []
-
-    def one_pass(windows, direction, share):
-        calls.append((direction, tuple(windows.shape), isinstance(share, torch.Tensor)))
-        return windows.sum() * share + torch.zeros(2)
-
-    replay = graphs.Replay(one_pass)
-    recorded = replay.record
-
-    def record(windows, direction, share):
-        graph, windows, share, figures = found = recorded(windows, direction, share)
-        graph.recorded = windows, share, figures, one_pass
-        return found
-
-    replay.record = record
-    ones = torch.ones(2, 3)
-    assert replay(ones, "fw", 0.5).tolist() == [3.0, 3.0]
-    assert replay(2 * ones, "fw", 0.5).tolist() == [6.0, 6.0]  # recorded, which computes nothing on a card, and replayed
-    earlier = replay(3 * ones, "fw", 1.0)
-    assert replay(ones, "fw", 0.25).tolist() == [1.5, 1.5] and earlier.tolist() == [18.0, 18.0]  # results are the caller's own
-    replay(torch.ones(1, 3), "fw", 1.0), replay(ones, "bw", 1.0)
-    assert [call for call in calls if not call[2]] == [("fw", (2, 3), False), ("fw", (1, 3), False), ("bw", (2, 3), False)]
+def test_computed_then_recorded_then_replayed(card):
+    replay, ones = graphs.Replay(card.one_pass), torch.ones(2, 3)
+    assert replay(ones, "fw", 0.5).tolist() == [3.0, 3.0] and card.calls == ["fw 2"]
+    replay(ones, "fw", 0.5)
+    assert card.calls == ["fw 2", "record", "fw 2", "replay"]
+    graph, windows, share, figures = replay.recorded["fw", 2, 3]
+    found = replay(3 * ones, "fw", 0.25)
+    assert card.calls[4:] == ["replay"] and windows.tolist() == (3 * ones).tolist() and share == 0.25
+    figures.zero_()
+    assert found.tolist() == [3.0, 3.0]  # the caller's own
+    replay(ones[:1], "fw", 1.0), replay(ones, "bw", 1.0)
+    assert card.calls[5:] == ["fw 1", "bw 2"]
 
 
-def test_what_cannot_be_recorded_is_computed_and_said(recorder, monkeypatch, capsys):
-    monkeypatch.setattr(Recorder, "fails", True)
-    replay = graphs.Replay(lambda windows, direction, share: windows.sum() * share + torch.zeros(2))
-    for factor in (1, 2, 3):
-        assert replay(factor * torch.ones(2), "fw", 1.0).tolist() == [2.0 * factor] * 2
+def test_recordings_make_room_for_a_pass_that_is_computed(card):
+    """On a card with less memory left than they hold they go, and are made again when their turn comes."""
+    replay, ones = graphs.Replay(card.one_pass), torch.ones(2, 3)
+    for _ in range(2):
+        replay(ones, "fw", 1.0)
+    replay(ones, "bw", 1.0)
+    assert replay.recorded["fw", 2, 3]
+    card.free, pool = 49, replay.pool
+    replay(ones[:1], "bw", 1.0)
+    assert not any(replay.recorded.values()) and replay.pool is not pool
+    card.calls.clear()
+    replay(ones, "fw", 1.0)
+    assert card.calls == ["record", "fw 2", "replay"]
+
+
+def test_what_cannot_be_recorded_is_computed_and_said(card, capsys):
+    replay, ones = graphs.Replay(card.one_pass), torch.ones(1, 2)
+    for _ in range(2):
+        replay(ones, "bw", 1.0)
+    card.refuses = True
+    card.calls.clear()
+    for direction in ("fw", "fw", "fw", "bw"):
+        assert replay(ones, direction, 2.0).tolist() == [4.0, 4.0]
+    assert card.calls == ["fw 1", "record", "back", "fw 1", "fw 1", "bw 1"]  # tried once; what was recorded before is computed, too
     assert capsys.readouterr().out.splitlines() == ["passes are not recorded as CUDA graphs, which is slower: operation not permitted when stream is capturing"]
 
 

@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 import bench_parity
 import bench_report
@@ -75,13 +76,14 @@ def test_heads_are_dense_and_in_the_order_of_the_results(monkeypatch, wide):
     assert all(x.transpose(1, 2).is_contiguous() for x in seen)
 
 
-def test_values_are_wide_where_cudnn_computes(monkeypatch):
-    card = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda"))
+def test_values_are_wide_where_torch_chooses_cudnn(monkeypatch):
+    card, cudnn = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cpu")), SDPBackend.CUDNN_ATTENTION.value
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for capability, enabled, kind in (((9, 0), True, "wide"), ((8, 0), True, "narrow"), ((9, 0), False, "narrow")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda enabled=enabled: enabled)
+    for choice, kind in ((cudnn, "wide"), (SDPBackend.FLASH_ATTENTION.value, "narrow")):
+        model.cudnn_is_first.cache_clear()
+        monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *heads, is_causal, choice=choice: choice)
         assert model.kernel_for(card) == kind
+    model.cudnn_is_first.cache_clear()
     assert model.kernel_for(torch.zeros(1)) == "narrow"
 
 
