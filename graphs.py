@@ -1,15 +1,15 @@
 """Passes as CUDA graphs: the host hands a whole pass to the card at once, instead of hundreds of kernels one by one.
 
-    run_pass = Replay(training.one_pass)
+    run_pass = Replay(training.one_pass, model.parameters())
     figures = run_pass(windows, "fw", share)      # the first time computed, the second time recorded, from then on replayed
 
-What is recorded reads and writes the same memory every time: gradients have to stay where they are, so they are set to
-zero between steps, not freed.
+What is recorded reads and writes the same memory every time: gradients have to stay where they are, so between steps they
+are to be set to zero, not freed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
@@ -24,11 +24,13 @@ def side_stream() -> torch.cuda.Stream:
 
 
 class Replay:
-    """`one_pass(windows, direction, share)`, recorded for every direction and shape of windows it is called with."""
+    """`one_pass(windows, direction, share)`, which adds to the parameters' gradients, recorded for every direction and shape of windows."""
 
-    def __init__(self, one_pass: Callable[[Tensor, str, float | Tensor], Tensor]) -> None:
+    def __init__(self, one_pass: Callable[[Tensor, str, float | Tensor], Tensor], parameters: Iterable[Tensor]) -> None:
         self.one_pass, self.recorded, self.refused = one_pass, {}, False
         self.stream, self.pool = side_stream(), torch.cuda.graph_pool_handle()  # one memory for all: one pass runs at a time
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
 
     def __call__(self, windows: Tensor, direction: str, share: float) -> Tensor:
         key = direction, *windows.shape

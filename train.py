@@ -82,11 +82,8 @@ class Training:
         self.model = GPT(shape(settings, padded_vocab_size(self.train_tokens.meta["vocab_size"])), settings.seed).to(device, dtype)
         if compiled:
             self.model.compile_parts()
-        self.run_pass, self.replays = self.one_pass, compiled and device.type == "cuda" and not settings.dropout  # which seeds every pass
-        if self.replays:
-            self.run_pass = Replay(self.one_pass)
-            for parameter in self.model.parameters():
-                parameter.grad = torch.zeros_like(parameter)
+        self.replays = compiled and device.type == "cuda" and not settings.dropout  # which seeds every pass
+        self.run_pass = Replay(self.one_pass, self.model.parameters()) if self.replays else self.one_pass
         self.recipe = Recipe(settings, self.model.num_params())
         self.optimizer = make_optimizer(self.model, settings.optimizer)
         self.progress = Progress(p_bw=settings.p_bw, micro_batches=settings.micro_batches or 0.1)

@@ -49,7 +49,7 @@ def card(monkeypatch):
 
 
 def test_computed_then_recorded_then_replayed(card):
-    replay, ones = graphs.Replay(card.one_pass), torch.ones(2, 3)
+    replay, ones = graphs.Replay(card.one_pass, []), torch.ones(2, 3)
     assert replay(ones, "fw", 0.5).tolist() == [3.0, 3.0] and card.calls == ["fw 2"]
     replay(ones, "fw", 0.5)
     assert card.calls == ["fw 2", "record", "fw 2", "replay"]
@@ -64,7 +64,7 @@ def test_computed_then_recorded_then_replayed(card):
 
 def test_recordings_make_room_for_a_pass_that_is_computed(card):
     """On a card with less memory left than they hold they go, and are made again when their turn comes."""
-    replay, ones = graphs.Replay(card.one_pass), torch.ones(2, 3)
+    replay, ones = graphs.Replay(card.one_pass, []), torch.ones(2, 3)
     for _ in range(2):
         replay(ones, "fw", 1.0)
     replay(ones, "bw", 1.0)
@@ -78,7 +78,7 @@ def test_recordings_make_room_for_a_pass_that_is_computed(card):
 
 
 def test_what_cannot_be_recorded_is_computed_and_said(card, capsys):
-    replay, ones = graphs.Replay(card.one_pass), torch.ones(1, 2)
+    replay, ones = graphs.Replay(card.one_pass, []), torch.ones(1, 2)
     for _ in range(2):
         replay(ones, "bw", 1.0)
     card.refuses = True
@@ -97,7 +97,7 @@ def test_a_run_of_recorded_passes_is_the_run_of_computed_ones(corpus, tmp_path, 
     for name in ("recorded", "computed", "resumed"):
         with monkeypatch.context() as change:
             if name == "computed":
-                change.setattr(train, "Replay", lambda one_pass: one_pass)
+                change.setattr(train, "Replay", lambda one_pass, parameters: one_pass)
             if name == "resumed":
                 stop = train.write_row
                 change.setattr(train, "write_row", lambda training, *rest: stop(training, *rest) if training.progress.step < 12 else 1 / 0)
