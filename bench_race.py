@@ -1,8 +1,8 @@
 """A race to equal validation loss: hlb-gpt's own code trains for some steps, then this project until it is as good.
 
     git clone https://github.com/tysam-code/hlb-gpt ../peers/hlb-gpt
-    python bench_race.py --data wikipedia --peers ../peers                     # 8 x 384, 1000 steps: on a GPU, some minutes
-    python bench_race.py --data wikipedia --peers ../peers --depth 4 --width 192 --max_seq_len 128 --batch_tokens 4096 --steps 200
+    python bench_race.py --data wikitext-103 --peers ../peers                     # 8 x 384, 1000 steps: on a GPU, some minutes
+    python bench_race.py --data wikitext-103 --peers ../peers --depth 4 --width 192 --max_seq_len 128 --batch_tokens 4096 --steps 200
 
 - both have the same text, size, micro-batch and length schedule, and each its own recipe, as `python train.py` runs it
 - both are scored on the same windows of the whole validation split, fw; hlb-gpt, which has no direction token, is spared

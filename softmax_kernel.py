@@ -1,4 +1,4 @@
-"""gradients.softmax as a Triton kernel, for CUDA: a row of logits comes from memory once, and goes back once.
+"""gradients.softmax as one Triton kernel, for CUDA: two sweeps over a row of logits, the second one writes.
 
     losses, hits = softmax(logits, targets)                # (N, V), (N,) -> (2, N)
     softmax(logits, targets, scale=1 / N)                  # and logits become the gradient of the mean loss
