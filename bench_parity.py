@@ -2,7 +2,7 @@
 
     python bench_parity.py                                  # this machine's devices: on two CPU cores, ten minutes
     python bench_parity.py --lengths 17 129 --compile off
-    python bench_parity.py --device cuda --jobs 12          # on a GPU with 16 cores: a minute instead of ten
+    python bench_parity.py --device cuda --jobs 12          # where there are cores for as many
 
 A way is a device, a dtype, an attention (the formula, or the stock causal kernel) and torch.compile on or off. The model is
 small (2 x 64, 512 ids), its sequences are not. For every mask and length:

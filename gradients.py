@@ -114,7 +114,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, denominator: int,
                 softmax: Callable[..., Tensor] = softmax) -> tuple[Tensor, Tensor]:  # fmt: skip
-        sums, grad_hidden = torch.zeros(2, device=hidden.device), torch.empty_like(hidden)
+        sums, grad_hidden, grad_weight = torch.zeros(2, device=hidden.device), torch.empty_like(hidden), None
         chunk = HeadLoss.CHUNK[hidden.device.type]
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))
         for start in range(0, max(1, len(targets)), chunk):  # once without tokens, for zeros
@@ -123,7 +123,7 @@ class HeadLoss(torch.autograd.Function):
             logits = torch.mm(x, weight.T, out=buffer[: len(x)])
             sums += softmax(logits, targets[piece], 1 / denominator).sum(1)
             torch.mm(logits, weight, out=grad_hidden[piece])
-            grad_weight = add_product(grad_weight if start else None, logits.T, x)
+            grad_weight = add_product(grad_weight, logits.T, x)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight.dtype
         loss, hits = sums[0] / denominator, sums[1] / denominator  # no views: they may be changed in place

@@ -5,9 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import CACHE, ROOT, SHARED
 
-SHARED = ROOT.parent / "shared" / "data"
 RAW = SHARED / "wikitext" / "wiki.valid.raw"
 
 
@@ -33,7 +32,7 @@ def test_from_the_hub_to_the_figures(tmp_path):
     (hub.parent / "README.md").write_text(f"---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n{files}---\n")
 
     data, study = tmp_path / "data", tmp_path / "study"
-    tiktoken = {"TIKTOKEN_CACHE_DIR": str(SHARED / "tiktoken_cache")}
+    tiktoken = {"TIKTOKEN_CACHE_DIR": str(CACHE)}
     out = script("data/prepare.py", "wikitext-2", "--hub-path", hub.parent, "--out", data, HF_HOME=str(tmp_path / "hf"), **tiktoken)
     assert f"next: python train.py --data {data}" in out
     small = "--depth 2 --width 64 --max_seq_len 64 --batch_tokens 256 --micro_batches 1 --epochs none --tokens 2048 --eval_every 2 --eval_epochs none --device cpu"

@@ -10,13 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import regex        # comes with tiktoken
+from conftest import CACHE, ROOT, needs_gpt2
 
 from data.tokens import (DataError, TrainingWindows, load_tokenizer, num_scored, open_tokens, validation_windows,
                          file_sha256)
-
-ROOT = Path(__file__).resolve().parent.parent
-CACHE = ROOT.parent / "shared" / "data" / "tiktoken_cache"
-needs_gpt2 = pytest.mark.skipif(not CACHE.is_dir(), reason="the GPT-2 tokenizer's files are not beside the project")
 
 
 def write_folder(folder, count=1000, dtype="uint16", split="train"):
