@@ -243,7 +243,7 @@ def label_ends(ax, labels: list[tuple[float, str, str]], gap: float = 0.055) -> 
 
 
 def label_points(ax, points: list[tuple[float, float, str, str]]) -> None:
-    """Labels (x, y, text, colour) beside their points, each at the nearest place where it meets no label and no point.
+    """Labels (x, y, text, colour) beside their points, each at the nearest place where it meets no label, no point and no seed's dot.
 
     Without such a place inside the panel, the least crowded one. Call it last: it needs the panel's final limits.
     """
@@ -251,7 +251,9 @@ def label_points(ax, points: list[tuple[float, float, str, str]]) -> None:
     renderer, frame, per_point = ax.figure.canvas.get_renderer(), ax.get_window_extent(), ax.figure.dpi / 72
     spots = [ax.transData.transform((x, y)) for x, y, _, _ in points]
     there = [*ax.texts, *([ax.get_legend()] if ax.get_legend() else [])]
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots] + [tuple(thing.get_window_extent(renderer).extents) for thing in there]
+    dots = [spot for line in ax.lines if line.get_marker() != "None" for spot in line.get_transform().transform(line.get_xydata())]  # the seeds, too
+    taken = [(x - r, y - r, x + r, y + r) for r, some in ((5, spots), (3, dots)) for x, y in some]
+    taken += [tuple(thing.get_window_extent(renderer).extents) for thing in there]
     for (x, y), (*place, text, colour) in zip(spots, points):
         probe = ax.text(*place, text, fontsize=7)
         width, height = probe.get_window_extent(renderer).width + 4, probe.get_window_extent(renderer).height
