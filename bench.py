@@ -270,18 +270,19 @@ def measure_prepare(text: Path, megabytes: int = 200, repeats: int = 3) -> dict[
 
 
 def cases(args: argparse.Namespace, kind: str) -> Iterator[tuple[Case, bool]]:
-    """What to measure, and whether in full; the largest models last, so that what fails there costs nothing else."""
+    """What to measure, and whether in full: the sizes in full first, so that a call which is cut short has what the targets are about."""
     seq_len, batch = args.seq_len or {"cpu": 512, "cuda": 1024}[kind], args.batch or {"cpu": 4, "cuda": 32}[kind]
     case = Case(args.depth, args.width, seq_len, batch, args.repeats, args.device, args.dtype, args.compile, args.vocab_size, args.peers)
+    given = (args.depth, args.width)
     if not args.sweep:
-        yield case, True
-    for length in LENGTHS:
-        if (args.all or args.sweep == "lengths") and length != seq_len:
+        for depth, width in [given, *(size for size in FULL[kind] if args.all and size != given)]:
+            yield replace(case, depth=depth, width=width), True
+    if args.all or args.sweep == "lengths":
+        for length in (length for length in LENGTHS if length != seq_len):
             yield replace(case, seq_len=length, batch=max(1, batch * seq_len // length), peers=None), False
-    for depth, width in SIZES[kind]:
-        full = (depth, width) in FULL[kind]
-        if (args.all or (args.sweep == "sizes" and not full)) and (depth, width) != (args.depth, args.width):
-            yield replace(case, depth=depth, width=width, peers=args.peers if full else None), full
+    if args.all or args.sweep == "sizes":
+        for depth, width in (size for size in SIZES[kind] if size != given and size not in FULL[kind]):
+            yield replace(case, depth=depth, width=width, peers=None), False
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -195,7 +195,7 @@ def test_a_peer_that_fails_costs_nothing_but_its_own_figures(tmp_path, monkeypat
 ])  # fmt: skip
 def test_all_is_the_sum_of_its_sweeps_and_the_sizes_in_full(kind, flags, full, sweep):
     cases = list(bench.cases(bench.parse(flags.split()), kind))
-    assert [which for _, which in cases].count(True) == full and len(cases) == full + sweep == len({case for case, _ in cases})
+    assert [which for _, which in cases] == full * [True] + sweep * [False] and len({case for case, _ in cases}) == len(cases)
 
 
 def test_attention_in_three_dimensions_stays_in_bf16():
