@@ -122,6 +122,22 @@ def medians(work: dict[str, Callable[[], object]], repeats: int, device: torch.d
     return {name: {"ms": statistics.median(values), "low": min(values), "high": max(values)} for name, values in times.items()}
 
 
+def left_out(work: dict[str, Callable[[], object]]) -> dict[str, str]:
+    """Calls everything twice, takes out of `work` what the device has no memory left for, and returns it: {name: why}."""
+    lost = {}
+    for name in [*work, *work]:
+        try:
+            if name in work:
+                work[name]()
+        except torch.OutOfMemoryError:
+            if name in ("peak", "fw"):
+                raise
+            lost[name] = "no memory left beside the rest"
+            del work[name]
+            torch.cuda.empty_cache()
+    return lost
+
+
 def idle_share(step: Callable[[], None], steps: int = 100) -> float | None:
     """The share of the time in which a CUDA device had nothing to do, from a profile of some training steps; None without one."""
     for count in (1, steps):  # the first profile of a process starts slowly
@@ -195,15 +211,15 @@ def steady_state(case: Case, data: str, full: bool) -> dict:
     peers, lost = bench_peers.steps(Path(case.peers), case, training.train_tokens.data, device, dtype, compiled) if case.peers else ({}, {})
     work |= peers
     if not full:
-        for function in work.values():  # compiles, while another point is measured
-            function()
+        lost |= left_out(work)  # compiles, while another point is measured
     with turn():
+        lost |= left_out(work)
         times = medians(work, case.repeats, device)
         idle = idle_share(functools.partial(step, "fw")) if full and device.type == "cuda" else None
     return {
         **asdict(case), "full": full, "params": training.model.num_params(), "flops": flops(training.model.config, case.batch, case.seq_len),
         "peak_flops_per_s": 1000 * product_flops / times["peak"]["low"], "times": times,
-        "idle": idle, "device": device.type, "dtype": str(dtype)[6:], "compiled": compiled, "machine": machine, "peers_failed": lost,
+        "idle": idle, "recorded": training.replays and not training.run_pass.refused, "device": device.type, "dtype": str(dtype)[6:], "compiled": compiled, "machine": machine, "failed_parts": lost,
         "sdpa": [kernel.name for kernel in _cur_sdpa_kernel_backends(with_priority=True)] if device.type == "cuda" else None,
         "load": os.getloadavg()[0], "cores": os.cpu_count(), **{name: x for name, x in provenance().items() if name in ("versions", "git_commit")},
     }  # fmt: skip

@@ -18,8 +18,8 @@ The result is one JSON file in results/bench/ and a table in its README, where a
 from __future__ import annotations
 
 import datetime
-import itertools
 import multiprocessing
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -27,6 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import product, repeat
 from pathlib import Path
 from unittest.mock import patch
 
@@ -72,7 +73,7 @@ PLAIN = Way("cpu", "float32", "plain", "off")
 
 
 def all_ways() -> list[Way]:
-    return [Way(*names) for names in itertools.product(*bench_report.WAYS.values())]
+    return [Way(*names) for names in product(*bench_report.WAYS.values())]
 
 
 def made_up_text(tokens: int, length: int) -> Tensor:
@@ -116,12 +117,16 @@ def mirror_difference(model: GPT, length: int) -> float:
 
 
 def losses(model: GPT, mask: str, length: int) -> list[float]:
-    """Of training steps from the initial weights, in nats per token."""
+    """Of training steps from the initial weights, in nats per token; the head in chunks that the small steps have several of."""
+    with patch.dict(HeadLoss.CHUNK, dict.fromkeys(HeadLoss.CHUNK, CHUNK)):
+        return list(training_losses(model, mask, length))
+
+
+def training_losses(model: GPT, mask: str, length: int) -> Iterator[float]:
     model.init_weights(seed=0)
     direction = "bw" if mask in ("anticausal", "flipped") else "fw"
     recipe = Recipe(Settings(lr=0.004, lr_mult_embedding=8, warmup_steps=10), model.num_params())
     optimizer, text = make_optimizer(model), made_up_text(STEPS * BATCH_TOKENS, length).to(model.head.device)
-    found = []
     for step, windows in enumerate(text[: len(text) // STEPS * STEPS].chunk(STEPS)):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr(step)[group["name"]]
@@ -129,8 +134,7 @@ def losses(model: GPT, mask: str, length: int) -> list[float]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        found.append(loss.item())
-    return found
+        yield loss.item()
 
 
 @cache
@@ -138,20 +142,22 @@ def plain_losses(mask: str, length: int, max_seq_len: int) -> list[float]:
     return losses(PLAIN.model(max_seq_len), mask, length)
 
 
-def check(way: Way, lengths: tuple[int, ...], masks: tuple[str, ...] = MASKS) -> Iterator[dict]:
+Truth = dict[tuple[str, int], list[float]]  # mask, length -> the losses of the plain way
+
+
+def check(way: Way, lengths: tuple[int, ...], masks: tuple[str, ...] = MASKS, truth: Truth | None = None) -> Iterator[dict]:
     """A row per mask and length: the way, "mask", "length", "hidden", "mirror" (None but for bw), "steps", "last_loss"."""
     longest = max(lengths)
     model = way.model(longest)
     untrained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for mask, length in itertools.product(masks, lengths):
+    for mask, length in product(masks, lengths):
         model.load_state_dict(untrained)
         row = {"hidden": hidden_gradient(model, mask, length), "mirror": mirror_difference(model, length) if mask == MASK_OF["bw"] else None}
-        with patch.dict(HeadLoss.CHUNK, dict.fromkeys(HeadLoss.CHUNK, CHUNK)):
-            ours, truth = losses(model, mask, length), plain_losses(mask, length, longest)
-        yield asdict(way) | {"mask": mask, "length": length, **row, "steps": max(abs(a - b) for a, b in zip(ours, truth)), "last_loss": ours[-1]}
+        ours, plain = losses(model, mask, length), truth[mask, length] if truth else plain_losses(mask, length, longest)
+        yield asdict(way) | {"mask": mask, "length": length, **row, "steps": max(abs(a - b) for a, b in zip(ours, plain)), "last_loss": ours[-1]}
 
 
-def rows_of(task: tuple[Way, tuple[int, ...], tuple[str, ...]]) -> list[dict]:
+def rows_of(task: tuple[Way, tuple[int, ...], tuple[str, ...], Truth]) -> list[dict]:
     return list(check(*task))
 
 
@@ -167,14 +173,21 @@ def main(argv: list[str] | None = None) -> Path:
         parser.error("--lengths must be at least 2")
     here = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     ways = [way for way in all_ways() if way.device in here and args.device in ("auto", way.device) and args.compile in ("auto", way.compile)]
-    tasks = [(way, tuple(args.lengths), (mask,)) for way in ways for mask in MASKS]
+    ways.reverse()  # bf16, kernel and compiler first: that is how one trains, and a call may be cut short
     rows = []
+    if args.jobs > 1:
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")  # each process would start as many as there are cores
     try:
         device, _, _, machine = choose_machine(Settings(device=args.device))
         path = args.out / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}_parity.json"
         command = shlex.join(["python", "bench_parity.py", *(sys.argv[1:] if argv is None else argv)])
-        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-            for (way, _, (mask,)), more in zip(tasks, pool.map(rows_of, tasks) if args.jobs > 1 else map(rows_of, tasks)):
+        threads = max(1, torch.get_num_threads() // args.jobs)
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+            work = pool.map if args.jobs > 1 else map
+            plain = list(product(MASKS, args.lengths))
+            truth = dict(zip(plain, work(plain_losses, *zip(*plain), repeat(max(args.lengths)))))
+            tasks = [(way, tuple(args.lengths), (mask,), truth) for way in ways for mask in MASKS]
+            for (way, _, (mask,), _), more in zip(tasks, work(rows_of, tasks)):
                 rows += more
                 if mask == MASKS[-1]:
                     write_json(path, provenance() | {"command": command, "machine": machine, "device": device.type, "points": [], "parity": rows})

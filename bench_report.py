@@ -10,13 +10,12 @@ from itertools import product
 from pathlib import Path
 
 from drawing import COLOURS, new_figure, write_png
-from report import short
-from runs import RunError, read_json, write_atomically
+from report import markdown_table, short, write_between
+from runs import RunError, read_json
 
 MARKS = ("<!-- tables: written by python bench.py --report -->", "<!-- end of tables -->")
 NONE = "not measured"
 WAYS = {"device": ("cpu", "cuda"), "dtype": ("float32", "bfloat16"), "attention": ("plain", "kernel"), "compile": ("off", "on")}  # of bench_parity.py
-MASKS = ("causal", "anticausal", "none", "flipped")
 HLB_BF16 = "hlb-gpt, attention in bf16"
 PASSES = {"fw": 1, "bw": 1, "fw+bw": 2, "reference": 1, "hlb-gpt": 1, HLB_BF16: 1, "nanoGPT": 1}
 
@@ -89,15 +88,11 @@ def sentence(point: dict) -> str:
         if name in point["times"]:
             text += f", {ratio(point, name, 'fw'):.2f} x {'the eager reference' if name == 'reference' else name}"
     text += f"; {ratio(point, 'fw', 'products'):.2f} x its matrix products" if "products" in point["times"] else ""
-    return text + "".join(f"; {name} failed ({why})" for name, why in point.get("peers_failed", {}).items())
+    return text + "".join(f"; {name} failed ({why})" for name, why in point.get("failed_parts", {}).items())
 
 
 def cell(value: float | None, form: str = "{:.2f}", scale: float = 1.0) -> str:
     return NONE if value is None else form.format(value * scale)
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
 def find(points: list[dict], depth: int, width: int, seq_len: int) -> dict | None:
@@ -156,7 +151,7 @@ def targets(files: list[dict]) -> str:
             rows.append([where, text, race_words(races[-1]) if races else NONE + ("" if points["cuda"] else ": no GPU was at hand")])
     prepared = [content["prepare"] for content in files if "prepare" in content]
     rows.append(["any", "prepare.py: at least 0.9 x (cores x single-thread tiktoken)", prepare_words(prepared[-1]) if prepared else NONE])
-    return table(["where", "target", "measured here"], rows)
+    return markdown_table(["where", "target", "measured here"], rows)
 
 
 def race_words(race: dict) -> str:
@@ -175,28 +170,31 @@ def prepare_words(figures: dict) -> str:
     return f"{words} (tiktoken: {figures['tiktoken_mb_per_s']:.1f} MB/s on one of {figures['cores']} cores)"
 
 
+def masks_of(rows: list[dict]) -> list[str]:
+    return list(dict.fromkeys(row["mask"] for row in rows))
+
+
 def parity_cells(way: dict, rows: list[dict]) -> list[str]:
     """Of bench_parity.py's rows of a way, the worst of all lengths: hidden gradient, mirror, and the loss difference of every mask."""
-    rows = [row for row in rows if all(row[name] == way[name] for name in WAYS)]
+    masks, rows = masks_of(rows), [row for row in rows if all(row[name] == way[name] for name in WAYS)]
     if not rows:
-        return ["not run"] * (2 + len(MASKS))
+        return ["not run"] * (2 + len(masks))
     worst = [max(row["hidden"] for row in rows), max(row["mirror"] for row in rows if row["mask"] == "anticausal")]
-    return [f"{x:.1g}" for x in worst + [max(row["steps"] for row in rows if row["mask"] == mask) for mask in MASKS]]
+    return [f"{x:.1g}" for x in worst + [max(row["steps"] for row in rows if row["mask"] == mask) for mask in masks]]
 
 
 def parity_words(way: dict, rows: list[dict]) -> str:
     hidden, mirror, *steps = parity_cells(way, rows)
     name = f"{way['device']}, {way['dtype']}, {way['attention']} attention, compile {way['compile']}"
-    return f"{name}: hidden gradient {hidden}, mirror {mirror}, losses of fifty steps within {', '.join(steps)} nats ({', '.join(MASKS)})"
+    return f"{name}: hidden gradient {hidden}, mirror {mirror}, losses of fifty steps within {', '.join(steps)} nats ({', '.join(masks_of(rows))})"
 
 
 def parity_table(files: list[dict]) -> str:
-    rows = {tuple(row[name] for name in (*WAYS, "mask", "length")): row for content in files for row in content.get("parity", [])}  # the newest
-    lengths = sorted({row["length"] for row in rows.values()})
-    ways = [dict(zip(WAYS, names)) for names in product(*WAYS.values())]
-    header = [*WAYS, "hidden gradient", "mirror", *(f"{mask}, nats" for mask in MASKS)]
-    text = f"Lengths {', '.join(map(str, lengths))}. " if rows else ""
-    return text + "`python bench_parity.py` says what the columns are.\n\n" + table(header, [[*way.values(), *parity_cells(way, list(rows.values()))] for way in ways])
+    newest = {tuple(row[name] for name in (*WAYS, "mask", "length")): row for content in files for row in content.get("parity", [])}
+    rows, ways = list(newest.values()), [dict(zip(WAYS, names)) for names in product(*WAYS.values())]
+    header = [*WAYS, "hidden gradient", "mirror", *(f"{mask}, nats" for mask in masks_of(rows))]
+    text = f"Lengths {', '.join(map(str, sorted({row['length'] for row in rows})))}. " if rows else ""
+    return text + "`python bench_parity.py` says what the columns are.\n\n" + markdown_table(header, [[*way.values(), *parity_cells(way, rows)] for way in ways])
 
 
 def spread(point: dict, name: str) -> str:
@@ -207,7 +205,7 @@ def spread(point: dict, name: str) -> str:
 
 def step_table(points: list[dict]) -> str:
     header = ["size, step", "ms per step, fw", "tokens/s", "share of peak", "eager reference, ms", "reference / ours"]
-    return table(header, [[
+    return markdown_table(header, [[
         label(p), spread(p, "fw"), f"{tokens_per_second(p, 'fw'):,.0f}", f"{share_of_peak(p, 'fw'):.1%}",
         spread(p, "reference"), cell(ratio(p, "reference", "fw")),
     ] for p in sorted(points, key=lambda p: (p["params"], p["seq_len"]))])  # fmt: skip
@@ -226,7 +224,7 @@ def details(point: dict) -> str:
     fw = seconds(point, "fw")
     rows = [[text, spread(point, name), f"{seconds(point, name) / fw:.4g}"] for name, text in DETAILS.items() if name in point["times"]]
     lines = [f"**{label(point)}**, {point['params']:,} parameters. {point['machine']}; torch {point['versions']['torch']}, "
-             f"commit {point['git_commit']}; peak {point['peak_flops_per_s'] / 1e12:.2f} TFLOP/s; load {point['load']:.1f} on {point['cores']} cores.", "", table(["what", "ms", "x fw step"], rows)]  # fmt: skip
+             f"commit {point['git_commit']}{', passes recorded as CUDA graphs' * point.get('recorded', False)}; peak {point['peak_flops_per_s'] / 1e12:.2f} TFLOP/s; load {point['load']:.1f} on {point['cores']} cores.", "", markdown_table(["what", "ms", "x fw step"], rows)]  # fmt: skip
     for name, first in point["first_steps"].items():
         lines += ["", f"First steps of {name} in a fresh process: {first['first']:.2f} s with building the model, {first['longer']:.2f} s when the "
                   f"sequence grows, {first['backward']:.2f} s when it turns backward; peak memory {first['memory_mb']:,.0f} MB."]  # fmt: skip
@@ -240,7 +238,7 @@ def tables(files: list[dict]) -> str:
         parts.append(f"### {name}")
         parts += [step_table(points), *(details(p) for p in points if p["full"])] if points else [f"Not measured: no {name} was at hand."]
     parts += ["### Every way to compute the model, against the plain one", parity_table(files)]
-    parts += ["### Commands", table(["file", "date", "command"], [[f"`{c['file']}`", c["date"], f"`{c['command']}`"] for c in files])]
+    parts += ["### Commands", markdown_table(["file", "date", "command"], [[f"`{c['file']}`", c["date"], f"`{c['command']}`"] for c in files])]
     return "\n\n".join(parts)
 
 
@@ -287,10 +285,4 @@ def write(folder: Path) -> None:
     if not any(latest(files, device) for device in ("cuda", "cpu")):
         raise RunError(f"{folder} holds no measurement: make one with python bench.py")
     figure(files, folder / "speed.png")
-    readme = folder / "README.md"
-    text = readme.read_text() if readme.exists() else "# Speed\n\n" + "\n".join(MARKS) + "\n"
-    before, start, rest = text.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not (start and end):
-        raise RunError(f"{readme} has lost the marks between which the tables stand: {MARKS[0]} ... {MARKS[1]}")
-    write_atomically(readme, f"{before}{start}\n\n{tables(files)}\n\n{end}{after}")
+    write_between(folder / "README.md", MARKS, "Speed", lambda _: tables(files))

@@ -147,11 +147,11 @@ def variants(study: Study) -> list[Variant]:
 def choose(study: Study, p_bw: float | None = None, task: str = "fw+bw") -> Variant | None:
     """The variant to hold against p_bw = 0: `p_bw` if given, else 0.05, else the smallest; of `task`, else of any that is known here."""
     both = [v for v in variants(study) if v not in (FW_ONLY, BW_ONLY) and v.task in ("fw+bw", "fw-or-bw", "adaptive")]
-    both = [v for v in both if v.task == task] or both
     if p_bw is not None:
         both = [v for v in both if v.p_bw == p_bw]
         if not both:
             study.note(f"no finished run has p_bw = {p_bw:g}")
+    both = [v for v in both if v.task == task] or both
     return next((v for v in both if v.p_bw == 0.05), both[0] if both else None)
 
 
@@ -225,7 +225,7 @@ def _usable(study: Study, run: Run) -> bool:
         study.note(f"run {run.name} is unfinished (no finished.json)")
     elif run.curve.empty:
         study.note(f"run {run.name} has no evaluations (empty curve.csv)")
-    elif not np.isfinite(run.curve.sort_values("step")[["fw_loss", "bw_loss"]].iloc[-1].astype(float)).all():
+    elif not np.isfinite(run.curve[["fw_loss", "bw_loss"]].iloc[-1].astype(float)).all():
         study.note(f"run {run.name} ends with a loss that is not finite")
     else:
         return True

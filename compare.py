@@ -16,17 +16,9 @@ from typing import Iterable, NamedTuple
 import numpy as np
 import pandas as pd
 
-from cells import (
-    BUDGETS, BW_ONLY, FW_ONLY, Cell, Cells, Group, Study, StudyError, Variant, choose, corpus_tokens, load, variant_of,
-    variants,
-)  # fmt: skip
+from cells import BUDGETS, BW_ONLY, FW_ONLY, Cell, Cells, Study, Variant, corpus_tokens
 from runs import DOCUMENTS_COLUMNS, Run, read_table
-from stats import document_interval, holm, mean_interval, paired_interval, paired_p
-
-__all__ = [  # what belongs to comparing, wherever it is written down: figures import it from here
-    "BUDGETS", "BW_ONLY", "FW_ONLY", "Cell", "Group", "Study", "StudyError", "Variant", "choose", "load", "mean_interval",
-    "paired_interval", "variant_of", "variants",
-]  # fmt: skip
+from stats import document_interval, holm, paired_p
 
 ORDER_WORDS = {"mean_then_ratio": "ratio of the means over seeds", "ratio_then_mean": "mean over seeds of their ratios"}
 ORDERS = tuple(ORDER_WORDS)
@@ -129,13 +121,10 @@ def average(top: np.ndarray, bottom: np.ndarray, order: str) -> np.ndarray:
 
 def trajectory(run: Run, column: str, x: str) -> tuple[np.ndarray, np.ndarray]:
     """A run's (x, metric), x increasing, without rows that lack either. x "epoch_unique" is derived from the tokens."""
-    backwards = np.argsort(-run.curve["step"].to_numpy(), kind="stable")
-    xs, ys = (run.curve[name].to_numpy(float)[backwards] for name in ("tokens_unique" if x == "epoch_unique" else x, column))
-    if x == "epoch_unique":
-        xs = xs / corpus_tokens(run)
-    known = np.isfinite(xs) & np.isfinite(ys)
-    xs, latest = np.unique(xs[known], return_index=True)  # of equal x, the last evaluation
-    return xs, ys[known][latest]
+    curve = run.curve.assign(epoch_unique=run.curve["tokens_unique"] / corpus_tokens(run)) if x == "epoch_unique" else run.curve
+    known = curve[[x, column]].astype(float).replace([np.inf, -np.inf], np.nan).dropna()
+    xs, ys = known.drop_duplicates(x, keep="last").to_numpy().T  # of equal x, the last evaluation
+    return xs, ys
 
 
 def common_grid(lines: list[tuple[np.ndarray, np.ndarray]], window=None, points: int | None = None) -> np.ndarray:
@@ -181,7 +170,7 @@ def windows(terms: list[Term], x: str = "epoch", asked: tuple[float, float] | No
     if asked:
         covered = start <= sum(asked) / 2 and end >= 0.99 * asked[1]
         return {f"epochs {asked[0]:g} to {asked[1]:g}": asked} if covered else {}
-    ends = [np.interp(1.0, [0.0, *table["epoch"]], [0.0, *table[x]]) for table in (term.top.curve.sort_values("step") for term in terms)]
+    ends = [np.interp(1.0, [0.0, *table["epoch"]], [0.0, *table[x]]) for table in (term.top.curve for term in terms)]
     early = {"early": (start, float(np.mean(ends)))} if start < np.mean(ends) < 0.99 * end else {}
     return early | {"all": (start, end), "late": (max(start, end / 2), end)}
 
@@ -199,7 +188,7 @@ def window_log_ratios(terms: list[Term], window: tuple[float, float]) -> np.ndar
 
 def final(run: Run, column: str) -> float:
     """A column's value at the last evaluation."""
-    return float(run.curve[column].to_numpy()[np.argmax(run.curve["step"].to_numpy())])
+    return float(run.curve[column].iloc[-1])
 
 
 def lowest(run: Run, column: str) -> float:
@@ -290,21 +279,25 @@ def with_layers(study: Study, runs: Iterable[Run], kind: str) -> list[Run]:
     for run in runs:
         expected = set(range(1, run["depth"] + 1)) if kind == "cut" else set(range(run["depth"]))
         missing = sorted(expected - set(ablation(run, kind).index))
-        if missing:
-            rows = "any" if len(missing) == len(expected) else ", ".join(map(str, missing))
-            study.note(f'run {run.name}: layers.csv lacks the "{kind}" row {rows}'.replace("row any", "rows"))
+        if run.layers.empty:
+            study.note(f"layers: not measured in all runs (python eval_layers.py {study.folder})")
+        elif missing:
+            rows = "s" if len(missing) == len(expected) else f" {', '.join(map(str, missing))}"
+            study.note(f'run {run.name}: layers.csv lacks the "{kind}" row{rows}')
         else:
             complete.append(run)
     return complete
 
 
-def with_cuts(study: Study, terms: list[Term]) -> list[Term]:
-    """The terms both of whose runs have every cut."""
-    return [term for term in terms if len(with_layers(study, (term.top, term.bottom), "cut")) == 2]
+def with_layers_of_both(study: Study, terms: list[Term], kind: str) -> list[Term]:
+    """The terms both of whose runs have every row of this kind."""
+    return [term for term in terms if len(with_layers(study, (term.top, term.bottom), kind)) == 2]
 
 
-def cut_values(study: Study, terms: list[Term]) -> np.ndarray:
-    """(top and bottom, seeds, layers remaining 1..depth), of the whole trained models: cuts know no other budget."""
-    terms = with_cuts(study, terms)
-    return np.array([[ablation(run, "cut")[column] for run, column in sides]
-                     for sides in ([(t.top, t.top_column) for t in terms], [(t.bottom, t.bottom_column) for t in terms])])  # fmt: skip
+def layer_values(terms: list[Term], kind: str) -> np.ndarray:
+    """(top and bottom, seeds, depth): over layers remaining (1..depth), or over the layer left out (0..depth - 1).
+
+    Of the whole trained models: layers know no other budget.
+    """
+    sides = ([(term.top, term.top_column) for term in terms], [(term.bottom, term.bottom_column) for term in terms])
+    return np.array([[ablation(run, kind)[column] for run, column in side] for side in sides])

@@ -111,11 +111,11 @@ def by_group(study: Study, ratios: Ratios) -> dict[Group, Ratios]:
     return groups
 
 
-PALE = "Pale: the 95 % t-interval over seeds holds 1. "
+UNDECIDED = "In brackets, without colour: the 95 % t-interval over seeds includes 1. "
 
 
-def holds_one(logs: np.ndarray) -> np.ndarray:
-    """Log-ratios (seeds, ...) -> (...): whether the 95 % t-interval over seeds holds a ratio of 1; always, with one seed."""
+def includes_one(logs: np.ndarray) -> np.ndarray:
+    """Log-ratios (seeds, ...) -> (...): whether the 95 % t-interval over seeds includes a ratio of 1; always, with one seed."""
     mean, half = mean_interval(np.moveaxis(logs, 0, -1))
     return ~(np.abs(mean) > half)
 
@@ -286,26 +286,27 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-def coloured_cells(figure: Figure, axes: Sequence, tables: Sequence[np.ndarray], absent: Sequence, open_: Sequence, size: float) -> None:
+def coloured_cells(figure: Figure, axes: Sequence, tables: Sequence[np.ndarray], absent: Sequence, undecided: Sequence, size: float) -> None:
     """Tables of ratios (rows, columns) as annotated cells on one colour scale, centred at 1 and symmetric in the log.
 
-    Cells that are True in `absent` are hatched, those in `open_` pale: their interval holds 1. The scale spans at least 3 %: seed noise must not look dramatic.
+    Cells that are True in `absent` are hatched, those in `undecided` without colour: their interval includes 1. The scale spans at least 3 %: seed
+    noise must not look dramatic.
     """
     known = np.concatenate([np.abs(np.log(table[np.isfinite(table) & (table > 0)])) for table in tables])
     limit = max(1.2 * known.max(initial=0.0), 0.03)
-    for ax, table, gaps, undecided in zip(axes, tables, absent, open_):
+    norm = LogNorm(math.exp(-limit), math.exp(limit))
+    for ax, table, gaps, unclear in zip(axes, tables, absent, undecided):
         ax.grid(False)
         ax.spines[:].set_visible(False)
-        norm = LogNorm(math.exp(-limit), math.exp(limit))
-        ax.imshow(np.ma.masked_invalid(table), cmap="RdBu", norm=norm, aspect="auto", alpha=np.where(undecided, 0.25, 1.0))
+        ax.imshow(np.ma.masked_where(unclear | ~np.isfinite(table), table), cmap="RdBu", norm=norm, aspect="auto")
         for row, column in np.argwhere(gaps):
             corner = (column - 0.5, row - 0.5)
             ax.add_patch(Rectangle(corner, 1, 1, fill=False, hatch="////", edgecolor="0.75", linewidth=0))
         for row, column in np.argwhere(np.isfinite(table)):
-            value = table[row, column]
-            colour = "0.35" if undecided[row, column] else "w" if abs(math.log(value)) > 0.6 * limit else "k"
+            value, decided = table[row, column], not unclear[row, column]
             text = f"{value:.3f}" if value < 10 else f"{value:.1f}"
-            ax.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
+            colour = "w" if decided and abs(math.log(value)) > 0.6 * limit else "k"
+            ax.text(column, row, text if decided else f"({text})", ha="center", va="center", fontsize=size, color=colour)
     bar = figure.colorbar(ScalarMappable(norm, "RdBu"), ax=list(axes), pad=0.02)
     ticks = np.exp(np.linspace(-limit, limit, 5))
     bar.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])

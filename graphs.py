@@ -10,17 +10,11 @@ are to be set to zero, not freed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cache
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-
-
-@cache
-def side_stream() -> torch.cuda.Stream:
-    """One for all runs of a process: CUDA's libraries keep memory for every stream they were used in."""
-    return torch.cuda.Stream()
 
 
 class Replay:
@@ -28,7 +22,8 @@ class Replay:
 
     def __init__(self, one_pass: Callable[[Tensor, str, float | Tensor], Tensor], parameters: Iterable[Tensor]) -> None:
         self.one_pass, self.recorded, self.refused = one_pass, {}, False
-        self.stream, self.pool = side_stream(), torch.cuda.graph_pool_handle()  # one memory for all: one pass runs at a time
+        self.pool = torch.cuda.graph_pool_handle()  # one memory for all: one pass runs at a time
+        self.stream = torch.cuda.Stream()  # of its own: with its graphs, torch 2.12 and later clear what cuBLAS keeps for their stream
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
 
@@ -57,7 +52,7 @@ class Replay:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by now nearly all of it the recordings'
-        if torch.cuda.mem_get_info()[0] < held:
+        if torch.cuda.mem_get_info()[0] < 1.5 * held:
             self.forget()
 
     def forget(self) -> None:
@@ -72,8 +67,12 @@ class Replay:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 figures = self.one_pass(windows, direction, share)
         except RuntimeError as error:
-            tqdm.write(f"passes are not recorded as CUDA graphs, which is slower: {str(error).splitlines()[0]}")
+            while error.__context__ is not None:  # the last error says only that there was one before
+                error = error.__context__
+            tqdm.write(f"passes are not recorded as CUDA graphs, which is slower: {(str(error).splitlines() or [repr(error)])[0]}")
             torch.cuda.set_stream(before)  # which a failed recording may leave behind
+            with suppress(RuntimeError):  # torch 2.11 also leaves the allocator in the middle of it; later ones say that it is not
+                torch._C._cuda_endAllocateToPool(windows.device.index, self.pool)
             self.refused = True
             self.forget()
             return None

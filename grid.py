@@ -16,17 +16,16 @@ import datetime
 import json
 import os
 import platform
-import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from tqdm import tqdm
 
 import runs
-from data.tokens import DataError
+from data.tokens import DataError, find_folder, read_meta
 from machine import Group
 from recipe import OPERATIONAL, Settings, resolve, share_done
 from runs import RunError
@@ -34,7 +33,6 @@ from runs import RunError
 BEAT = 20.0  # seconds between two signs of life
 STALE = 300.0  # seconds without one after which an owner on another host counts as dead: file servers cache for a minute
 LOOK = 1.0  # seconds between two looks at runs that others are training
-RUN_NAME = re.compile(r"\d+x\d+_pbw[^_]+_seed\d+_[0-9a-f]{6}")
 
 
 def run_folder(settings: Settings) -> Path:
@@ -155,18 +153,28 @@ def take(folder: Path) -> Claim | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def other_tokens(folder: Path, settings: Settings) -> str:
+    """What to say of a finished run if its data folder holds other tokens by now; empty if not, or if nothing tells."""
+    try:
+        seen = runs.read_config(folder)["data"]["sha256"]
+        now = {split: entry["sha256"] for split, entry in read_meta(find_folder(settings.data))["splits"].items()}
+    except (RunError, DataError, KeyError):
+        return ""
+    return "" if seen == now else f", but it was trained on other tokens than {settings.data} holds now: use another --study for those"
+
+
 class Grid:
     """Gives out the runs of one command, each to one process at a time, and keeps what failed."""
 
-    def __init__(self, folders: Iterable[Path]) -> None:
+    def __init__(self, named: dict[Path, Settings]) -> None:
         """Announces the runs: creates their folders. OSError if the study cannot be written."""
-        self.left = list(dict.fromkeys(folders))
+        self.left = list(named)
         self.failed: dict[Path, str] = {}
         self.claim: Claim | None = None
         for folder in self.left:
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / "finished.json").exists():
-                tqdm.write(f"{folder} is finished")
+                tqdm.write(f"{folder} is finished{other_tokens(folder, named[folder])}")
                 for path in (folder / "state.pt", *(claim for claim in claims(folder) if living(claim) is None)):
                     path.unlink(missing_ok=True)  # its process was killed in its last line
         self.earlier = {folder: self.failure(folder) for folder in self.left}
@@ -303,7 +311,7 @@ class Standing:
 def standing(folder: Path) -> Standing:
     found = Standing(folder.name, "planned")
     try:
-        run = runs.read_run(folder) if (folder / "config.json").exists() else None
+        run = runs.read_run(folder) if any((folder / name).exists() for name in ("config.json", "finished.json")) else None
         failure, who = Grid.failure(folder), owner(folder)
     except RunError as error:
         return Standing(folder.name, "failed", str(error))
@@ -315,7 +323,7 @@ def standing(folder: Path) -> Standing:
         found.detail = f"{found.share:.0%}, fw {row.fw_loss:.3f}, bw {row.bw_loss:.3f}"
     if run and run.finished:
         found.state, found.seconds = "done", run.finished.get("seconds_in_all", found.seconds)
-    elif who:
+    elif who is not None:
         found.state, found.detail = "running", f"{found.detail or 'not evaluated yet'} (process {who.get('pid', '?')} on {who.get('host', '?')})"
     elif failure:
         found.state, found.detail = "failed", failure[0]
@@ -324,7 +332,7 @@ def standing(folder: Path) -> Standing:
 
 def status(study: str | Path) -> str:
     """How far a study is, in a few lines. RunError if there is no such study."""
-    folders = sorted(path for path in Path(study).glob("*/") if (path / "config.json").exists() or RUN_NAME.fullmatch(path.name))
+    folders = sorted(path for path in Path(study).glob("*/") if (path / "config.json").exists() or runs.RUN_NAME.fullmatch(path.name))
     if not folders:
         raise runs.no_study(Path(study))
     found = [standing(folder) for folder in folders]

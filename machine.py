@@ -46,8 +46,10 @@ def tune_cpu() -> None:
 
 
 def tune(device: str) -> None:
-    """What torch is to do otherwise on "cpu" or "cuda". For whatever computes, before it does."""
+    """What torch is to do otherwise on "cpu" or "cuda". For whatever computes, before it does. RunError if there is no such device."""
     if device == "cuda":
+        if not torch.cuda.is_available():
+            raise RunError("--device cuda: torch sees no CUDA device here; use --device cpu")
         gc.collect()  # a compiled block refers to itself: the model of the run before would stay on the card
     else:
         tune_cpu()
@@ -75,10 +77,7 @@ def has_compiler(device: str) -> bool:
 
 def choose_machine(settings: Settings) -> tuple[torch.device, torch.dtype, bool, str]:
     """Device, dtype, whether to compile, and the reasons in a sentence. RunError if there is no such device."""
-    cuda = torch.cuda.is_available()
-    if settings.device == "cuda" and not cuda:
-        raise RunError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
-    device = torch.device("cuda" if cuda and settings.device != "cpu" else "cpu")
+    device = torch.device(settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     tune(device.type)
     threads = torch.get_num_threads()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{threads} thread{'s' * (threads > 1)} of {cpu_name()}"

@@ -6,14 +6,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from cells import FW_ONLY, Cell, Group, Study, Variant
-from compare import Ratios, cut_values, final, log_ratios, lowest, paired, ratio1, ratio2, ratio2_separate, ratio_curve, windows
+from compare import (
+    Ratios, final, layer_values, log_ratios, lowest, paired, ratio1, ratio2, ratio2_separate, ratio_curve, windows, with_layers_of_both,
+)  # fmt: skip
 from report import floor_of, interval
-from runs import CONTEXT_COLUMNS, MERGE_COLUMNS, REVERSAL_COLUMNS, Run, read_table, table_name
+from runs import CONTEXT_COLUMNS, MERGE_COLUMNS, REVERSAL_COLUMNS, Run, read_table, split_table_name, table_name
 
 
 class Scope(NamedTuple):
@@ -58,9 +62,7 @@ def end_over_first_epoch(ratio: Callable[[Study, Variant], Ratios]) -> Measure:
 
 def growth(params: np.ndarray, logs: np.ndarray) -> np.ndarray:
     """Slope of logs (sizes, seeds) over log10 params (sizes,), by least squares: log of the factor per tenfold size."""
-    x = np.log10(np.asarray(params, float))
-    x = x - x.mean()
-    return x @ np.asarray(logs, float) / (x @ x)
+    return np.polyfit(np.log10(params), logs, 1)[0]
 
 
 def growth_with_size(ratio: Callable[[Study, Variant], Ratios]) -> Measure:
@@ -147,7 +149,7 @@ def half_over_whole(scope: Scope) -> dict[str, np.ndarray]:
 def _cuts(scope: Scope, ratios: Ratios, contrast: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
     found = {}
     for cell, terms in scope.of(ratios).items():
-        top, bottom = cut_values(scope.study, terms)
+        top, bottom = layer_values(with_layers_of_both(scope.study, terms, "cut"), "cut")
         if len(top) and cell.depth > 1:
             found[cell.label] = contrast(np.log(top / bottom))
     return found
@@ -164,13 +166,13 @@ def gap_growth_with_context(scope: Scope) -> dict[str, np.ndarray]:
     """
     found = {}
     for cell, terms in scope.of(ratio2_separate(scope.study)).items():
-        limited = {int(n) for term in terms for path in term.top.folder.glob("context_*windows.csv") if (n := path.stem[8:-7]).isdigit()}
-        for count in (None, *sorted(limited, reverse=True)):
+        tables = {split_table_name(path, "context") for term in terms for path in term.top.folder.glob("context_*windows.csv")}
+        for count in (None, *sorted((windows for text, windows in tables if text is None), reverse=True)):
             gaps = []
             for term in terms:
                 paths = [run.folder / table_name("context", None, count) for run in (term.top, term.bottom)]
                 if all(path.exists() for path in paths):
-                    gap = np.log(_by_context(paths[1], "bw") / _by_context(paths[0], "fw")).dropna()
+                    gap = np.log(by_context(paths[1], "bw") / by_context(paths[0], "fw")).dropna()
                     gaps += [gap.iloc[-1] - gap.iloc[0]] if len(gap) > 1 else []
             if gaps:
                 found[cell.label + (f", {count} windows" if count else "")] = np.array(gaps)
@@ -178,13 +180,14 @@ def gap_growth_with_context(scope: Scope) -> dict[str, np.ndarray]:
     return found
 
 
-def _by_context(path, direction: str):
+def by_context(path: Path, direction: str) -> pd.Series:
+    """Losses in nats per token of one direction, by context length; empty if there is no such table."""
     table = read_table(path, CONTEXT_COLUMNS)
     return table[table["direction"] == direction].set_index("context")["loss"].sort_index()
 
 
 def barrier(scope: Scope) -> dict[str, np.ndarray]:
-    """Between the weights of p_bw = 0 and `variant`: the highest fw loss over the straight line between its ends (logs)."""
+    """Between the weights of p_bw = 0 and `variant`: the highest fw loss / the straight line between its ends, as a logarithm."""
     path = scope.study.folder / "merge.csv"
     table = read_table(path, MERGE_COLUMNS) if path.exists() else None
     found = {}
@@ -194,8 +197,8 @@ def barrier(scope: Scope) -> dict[str, np.ndarray]:
         for ends, line in table.groupby(["run_a", "run_b"]):
             if frozenset(ends) in pairs:
                 line = line.sort_values("weight")
-                weights, logs = line["weight"].to_numpy(), np.log(line["fw_loss"].to_numpy())
-                heights.append((logs - np.interp(weights, weights[[0, -1]], logs[[0, -1]])).max())
+                weights, losses = line["weight"].to_numpy(), line["fw_loss"].to_numpy()
+                heights.append(np.log(losses / np.interp(weights, weights[[0, -1]], losses[[0, -1]])).max())
         if heights:
             found[cell.label] = np.array(heights)
     return found

@@ -9,30 +9,29 @@ in. Tables from some windows only (eval_layers.py --windows) get figures of thei
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
 from scipy import stats
 
-from compare import BW_ONLY, FW_ONLY, Cell, Study, Variant, choose, mean_interval
+from cells import BW_ONLY, FW_ONLY, Cell, Study, Variant, choose
 from drawing import Options, label_ends, new_figure, panels, save, variant_colours
 from report import describe, short
-from runs import LAYERS_COLUMNS, SIMILARITY_COLUMNS, Run, read_table, table_name
+from runs import LAYERS_COLUMNS, SIMILARITY_COLUMNS, Run, read_table, split_table_name, table_name
 
 FEWEST_LAYERS = 4  # with fewer, a rank correlation over layers says nothing
 
 
-def damage(run: Run, direction: str, windows: int | None = None) -> np.ndarray | None:
+def damage(run: Run, direction: str, windows: int | None = None, singly: bool = False) -> np.ndarray | None:
     """log(loss without n layers from layer l on / loss of the whole model): (depth - 1, depth), row n - 1, column l.
 
-    NaN where there is no such block; None if the table lacks a row, or the model has one layer.
+    `singly`: the first row is enough. NaN where there is no such block; None if the table lacks a row, or the model has one layer.
     """
     table, depth = read_table(run.folder / table_name("layers", windows=windows), LAYERS_COLUMNS), run["depth"]
     whole = table[(table.ablation == "cut") & (table.layers_remaining == depth)]
-    rows = table[table.ablation.isin(["drop", "block"])]
-    if whole.empty or len(rows) < depth * (depth + 1) / 2 - 1 or depth < 2:
+    rows = table[table.ablation.isin(["drop"] if singly else ["drop", "block"])]
+    if whole.empty or len(rows) < (depth if singly else depth * (depth + 1) // 2 - 1) or depth < 2:
         return None
     found = np.full((depth - 1, depth), np.nan)
     column = f"{direction}_loss"
@@ -66,7 +65,7 @@ def blocks_angle(study: Study, options: Options = Options()) -> list[Path]:
 
 def _measured(study: Study, table: str) -> list[int | None]:
     """None for tables from the whole split, and the numbers of windows of the tables from fewer."""
-    counts = {int(found[1]) for path in study.folder.glob(f"*/{table}_*windows.csv") if (found := re.search(r"_(\d+)windows", path.name))}
+    counts = {split_table_name(path, table)[1] for path in study.folder.glob(f"*/{table}_*windows.csv")}
     return [None, *sorted(counts)]
 
 
@@ -179,11 +178,10 @@ def _correlations(shown: dict, windows: int | None) -> str:
     parts = []
     for cell, found in shown.items():
         for direction in ("fw", "bw") if cell.depth >= FEWEST_LAYERS else ():
-            both = [(line, damage(run, direction, windows)) for (_, trained), of in found.items() if trained == direction for run, line in of]
+            both = [(line, damage(run, direction, windows, singly=True)) for (_, trained), of in found.items() if trained == direction for run, line in of]
             rhos = [stats.spearmanr(line, lost[0]).statistic for line, lost in both if lost is not None]
             if rhos:
-                mean, half = mean_interval(np.array(rhos))
-                parts.append(f"{cell.label} {direction} {mean:.2f}" + ("" if np.isnan(half) else f" ± {half:.2f}") + f" ({len(rhos)})")
+                parts.append(f"{cell.label} {direction} {np.mean(rhos):.2f} ({min(rhos):.2f} to {max(rhos):.2f}, {len(rhos)} runs)")
     told = "Spearman correlation, over the layers of a run, with the log loss ratio when that layer alone is left out, "
-    told += "mean over runs with 95 % t-interval (runs): "
+    told += "mean over runs (lowest to highest): "
     return told + ", ".join(parts) + ". " if parts else f"No correlation with the drops: fewer than {FEWEST_LAYERS} layers, or no drops measured. "

@@ -8,26 +8,21 @@ and of each two-direction model. Tables of other texts (eval_context.py --data, 
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from matplotlib.ticker import NullLocator, SymmetricalLogLocator
 
-from compare import BW_ONLY, FW_ONLY, Cell, Study, paired_interval
+from cells import BW_ONLY, FW_ONLY, Cell, Study
 from drawing import Options, label_ends, new_figure, save, variant_colours
+from measures import by_context
 from published import ARROW_OF_TIME
 from report import describe, short
-from runs import CONTEXT_COLUMNS, Run, read_table
+from runs import Run, split_table_name
+from stats import paired_interval
 
 WIDE = 20  # per cent; gaps beyond it need a logarithmic axis beside gaps of one per cent
-
-
-def losses(run: Run, direction: str, table: str = "context") -> dict[int, float]:
-    """{context: loss in nats per token} of one direction; empty if the run has no such table."""
-    rows = read_table(run.folder / f"{table}.csv", CONTEXT_COLUMNS)
-    rows = rows[rows.direction == direction].sort_values("context")
-    return dict(zip(rows.context.astype(int), rows.loss.astype(float)))
 
 
 def gaps(pairs: list[tuple[Run, Run]], table: str = "context") -> tuple[np.ndarray, np.ndarray]:
@@ -35,10 +30,10 @@ def gaps(pairs: list[tuple[Run, Run]], table: str = "context") -> tuple[np.ndarr
 
     The contexts that all tables have. Empty where none has any.
     """
-    found = [(losses(a, "fw", table), losses(b, "bw", table)) for a, b in pairs]
-    found = [(fw, bw) for fw, bw in found if fw and bw]
-    contexts = sorted(set.intersection(*(set(fw) & set(bw) for fw, bw in found))) if found else []
-    return np.array(contexts), np.array([[100 * (bw[c] / fw[c] - 1) for c in contexts] for fw, bw in found])
+    paths = [(a.folder / f"{table}.csv", b.folder / f"{table}.csv") for a, b in pairs]
+    found = [(100 * (by_context(b, "bw") / by_context(a, "fw") - 1)).dropna() for a, b in paths]
+    common = pd.concat([gap for gap in found if len(gap)] or [pd.Series(dtype=float)], axis=1, join="inner")
+    return common.index.to_numpy(int), common.to_numpy().T
 
 
 def context(study: Study, options: Options = Options()) -> list[Path]:
@@ -54,13 +49,13 @@ def context(study: Study, options: Options = Options()) -> list[Path]:
                        for variant, seeds in by.items() if variant not in (FW_ONLY, BW_ONLY)]]  # fmt: skip
             panels = [[line for line in lines if gaps(line[2], table)[0].size] for lines in panels]
             if any(panels):
-                paths.append(_context_figure(study, cell, table, panels))
+                paths.append(_context_figure(study, cell, table, panels, options))
             elif any((run.folder / f"{table}.csv").exists() for seeds in by.values() for run in seeds.values()):
                 study.note(f"context: {study.name(cell)} has {table}.csv for one direction only")
     return paths
 
 
-def _context_figure(study: Study, cell: Cell, table: str, panels: list[list]) -> Path:
+def _context_figure(study: Study, cell: Cell, table: str, panels: list[list], options: Options) -> Path:
     titles = ("two models, one for each direction", "one model for both directions")
     drawn = [(lines, title) for lines, title in zip(panels, titles) if lines]
     figure, axes = new_figure(1, len(drawn), (1 + 5.2 * len(drawn), 4.2))
@@ -73,11 +68,12 @@ def _context_figure(study: Study, cell: Cell, table: str, panels: list[list]) ->
     caption += "These models were trained on windows of up to {:,} tokens. ".format(max(run["max_seq_len"] for run in runs))
     caption += "An axis that reaches far is linear up to 1 %, logarithmic beyond. "
     caption += "Grey: Papadopoulos et al. 2024, separate models, other texts, trained on windows of each size. "
-    other = table.removeprefix("context").strip("_")
-    caption += f"Measured on {re.sub(r'(?<=[0-9])windows$', ' windows', other.replace('_', ', '))}. " if other else ""
-    name = f"context_{cell.depth}x{cell.width}" + (f"_{other}" if other else "")
+    text, windows = split_table_name(table, "context")
+    measured = [text] * bool(text) + [f"{windows} windows"] * bool(windows)
+    caption += f"Measured on {', '.join(measured)}. " if measured else ""
+    name = f"context_{cell.depth}x{cell.width}" + table.removeprefix("context") + options.tag()
     title = f"How much worse backward is than forward, by context: {cell.label} ({short(cell.params)} parameters), {study.heading(cell.group)}"
-    title += f", on {re.sub('_?[0-9]+windows$', '', other)}" if re.sub("_?[0-9]+windows$", "", other) else ""
+    title += f", on {text}" if text else ""
     return save(study, figure, cell.group, name, title, caption + describe(runs) + ".")
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from compare import ORDER_WORDS, ORDERS, Cell, Study, Term, ablation, average, final, with_layers
+from cells import Cell, Study
+from compare import ORDER_WORDS, ORDERS, ablation, average, final, layer_values, with_layers, with_layers_of_both
 from drawing import (
-    METRIC_LABELS, PALE, UNITS, Options, by_group, coloured_cells, holds_one, label_ends, meaning, new_figure, panels, pick, plain_log_axis,
+    METRIC_LABELS, UNDECIDED, UNITS, Options, by_group, coloured_cells, includes_one, label_ends, meaning, new_figure, panels, pick, plain_log_axis,
     runs_of, save, variant_colours,
 )  # fmt: skip
 from report import describe, short
@@ -40,28 +41,22 @@ def layers_drop_ratio2(study: Study, options: Options = Options()) -> list[Path]
     return _layer_bars(study, options, "ratio2", options.metric or "loss", "drop")
 
 
-def layer_values(terms: list[Term], kind: str) -> np.ndarray:
-    """(top and bottom, seeds, depth): over layers remaining, or over the layer left out, of terms whose runs have all rows."""
-    sides = ([(term.top, term.top_column) for term in terms], [(term.bottom, term.bottom_column) for term in terms])
-    return np.array([[ablation(run, kind)[column] for run, column in side] for side in sides])
-
-
 def _layer_bars(study: Study, options: Options, ratio: str, metric: str, kind: str = "cut") -> list[Path]:
     paths, orders = [], [options.order] if options.order else ORDERS
     variant, ratios = pick(study, options, ratio, metric)
     for group, cells in by_group(study, ratios).items():
-        complete = {cell: [term for term in terms if len(with_layers(study, (term.top, term.bottom), kind)) == 2] for cell, terms in cells.items()}
+        complete = {cell: with_layers_of_both(study, terms, kind) for cell, terms in cells.items()}
         if not any(complete.values()):
-            study.note(f'layers_{ratio}: no pair has all "{kind}" rows (python eval_layers.py {study.folder})')
+            study.note(f'layers_{"drop_" * (kind == "drop")}{ratio}: no pair has all "{kind}" rows (python eval_layers.py {study.folder})')
             continue
         sizes = [cell for cell in study.cells if cell.group == group]
         most = max(cell.depth for cell in sizes)
         size = (2.6 + 0.4 * max(most, 9), len(orders) * (0.9 + 0.27 * max(len(sizes), 2)) + 0.4)
         figure, axes = new_figure(len(orders), 1, size)
-        tables, absent, pale = [], [], np.zeros((len(sizes), most), bool)
+        tables, absent, undecided = [], [], np.zeros((len(sizes), most), bool)
         for row, cell in enumerate(sizes):
             if terms := complete.get(cell):
-                pale[row, : cell.depth] = holds_one(np.log(np.divide(*layer_values(terms, kind))))
+                undecided[row, : cell.depth] = includes_one(np.log(np.divide(*layer_values(terms, kind))))
         for ax, order in zip(axes[:, 0], orders):
             table = np.full((len(sizes), most), np.nan)
             for row, cell in enumerate(sizes):
@@ -74,8 +69,8 @@ def _layer_bars(study: Study, options: Options, ratio: str, metric: str, kind: s
             ax.set_title(ORDER_WORDS[order].capitalize(), fontsize=9, loc="left")
             ax.tick_params(length=0)
         axes[-1, 0].set_xlabel(PLACES[kind], fontsize=8)
-        coloured_cells(figure, axes[:, 0], tables, absent, [pale] * len(orders), 6.5)
-        caption = f"{meaning(ratio, metric, variant.label)} Rows: depth x width, n: seeds. {PALE}"
+        coloured_cells(figure, axes[:, 0], tables, absent, [undecided] * len(orders), 6.5)
+        caption = f"{meaning(ratio, metric, variant.label)} Rows: depth x width, n: seeds. {UNDECIDED}"
         caption += describe(runs_of(complete)) + "."
         gaps = [cell.label for cell, row in zip(sizes, absent[0]) if row.any()]
         caption += f" Hatched, not measured: {', '.join(gaps)}." if gaps else ""

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from compare import Cell, Study, Variant, mean_interval
+from cells import Cell, Study, Variant
 from drawing import COLOURS, Options, label_ends, new_figure, plain_log_axis, save
 from report import describe, floor_of, short
 from runs import MERGE_COLUMNS, Run, read_table
+from stats import mean_interval
 
 
 class Line(NamedTuple):
@@ -67,7 +68,7 @@ def merge(study: Study, options: Options = Options()) -> list[Path]:
         caption += "Thin: each pair of runs; thick: mean; dots: the runs themselves; dashed: the straight line between them (on a "
         caption += "logarithmic axis it bends). Height of the barrier, that is the largest loss above "
         caption += f"the straight line between both ends, mean over pairs ± half of its 95 % t-interval: {', '.join(told)} nats per token. "
-        name = "_".join([f"merge_{cell.depth}x{cell.width}", _tag(variant_a), "to", _tag(variant_b)])
+        name = "_".join([f"merge_{cell.depth}x{cell.width}", _tag(variant_a), "to", _tag(variant_b)]) + options.tag()
         title = f"Between two models' weights: {cell.label} ({short(cell.params)} parameters), {study.heading(cell.group)}"
         paths.append(save(study, figure, cell.group, name, title, caption + describe(ends) + "."))
     return paths

@@ -73,7 +73,7 @@ def curves(study: Study, options: Options = Options()) -> list[Path]:
 
 def _curves_panel(ax, by: dict, column: str, options: Options, scale: str, floor, colours: dict) -> None:
     labels, tops, lows = [], [], []
-    start, stop = options.epochs if options.epochs and options.x.startswith("epoch") else (-np.inf, np.inf)
+    start, stop = options.epochs or (-np.inf, np.inf)
     for variant, seeds in by.items():
         colour = colours[variant]
         lines = [trajectory(run, column, options.x) for run in seeds.values()]
@@ -118,7 +118,7 @@ def ratio1_training(study: Study, options: Options = Options()) -> list[Path]:
         labels = []
         widths, depths = (sorted({getattr(cell, size) for cell in cells}) for size in ("width", "depth"))
         for cell, terms in cells.items():
-            grid, top, bottom = ratio_curve(terms, options.x, options.epochs if options.x.startswith("epoch") else None)
+            grid, top, bottom = ratio_curve(terms, options.x, options.epochs)
             if not len(grid):
                 study.note(f"ratio 1 over training, {study.name(cell)}: its runs do not overlap")
                 continue
@@ -127,7 +127,7 @@ def ratio1_training(study: Study, options: Options = Options()) -> list[Path]:
             for seed in (top / bottom if options.all_seeds else []):
                 ax.plot(grid, smoothed(seed, options.smooth), color=colour, linestyle=dash, linewidth=0.6, alpha=0.5)
             ax.plot(grid, line, color=colour, linestyle=dash, linewidth=1.8)
-            if len(cells) <= 3 and len(terms) > 1:  # more bands than that hide each other
+            if len(cells) <= 3 and len(terms) > 2:  # more bands than that hide each other; between evaluations two seeds may meet
                 _, low, high = paired_interval(np.log(top / bottom).T)
                 ax.fill_between(grid, smoothed(low, options.smooth), smoothed(high, options.smooth), color=colour, alpha=0.12, linewidth=0)
             labels.append((line[-1], f"{cell.label} (n = {len(terms)}): {line[-1]:.3f}", colour))
@@ -140,7 +140,7 @@ def ratio1_training(study: Study, options: Options = Options()) -> list[Path]:
         ax.set_ylabel(f"ratio 1 of fw {METRIC_LABELS[metric]}", fontsize=8)
         label_ends(ax, labels, 0.042)
         caption = f"{meaning('ratio1', metric, variant.label)} Colour: width; dashes: depth. {ORDER_WORDS[order].capitalize()}; "
-        caption += "band: 95 % t-interval over seeds; " * (len(cells) <= 3)
+        caption += "band: 95 % t-interval over three seeds or more; " * (len(cells) <= 3)
         caption += f"moving average over {options.smooth} of 500 points. " if options.smooth > 1 else "not smoothed. "
         tag = options.tag("metric", "x", "epochs", "order", "smooth", "log", "all_seeds", "p_bw", "task")
         title = f"Ratio 1 over training, {variant.label}, {study.heading(group)}"
@@ -221,7 +221,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--metric", choices=METRICS, help="default: loss (perplexity for layers_ratio1)")
     p.add_argument("--budget", choices=BUDGETS, default="tokens", help="what compared runs have spent alike (default: tokens of both directions)")
     p.add_argument("--x", choices=X_LABELS, help="x axis of figures over training (default: epoch, or the budget's)")
-    p.add_argument("--epochs", nargs=2, type=float, metavar=("FROM", "TO"), help="only this window of epochs")
+    p.add_argument("--epochs", nargs=2, type=float, metavar=("FROM", "TO"), help="only this window of epochs (at equal total tokens)")
     p.add_argument("--order", choices=ORDERS, help="averaging over seeds (default: mean_then_ratio; both over layers)")
     p.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
     p.add_argument("--smooth", type=int, default=1, help="moving average of ratio1_training, in points of 500")
@@ -250,11 +250,14 @@ def main(argv: list[str] | None = None) -> list[Path]:
         raise SystemExit(f"--smooth {args.smooth}: must be at least 1")
     if args.epochs and not 0 <= args.epochs[0] < args.epochs[1]:
         raise SystemExit(f"--epochs {args.epochs[0]:g} {args.epochs[1]:g}: FROM must be at least 0 and below TO")
-    folders = args.study or sorted({str(config.parent.parent) for config in Path("results").glob("*/*/config.json")})
+    x = args.x or Options(budget=args.budget).axis
+    if args.epochs and (args.budget != "tokens" or not x.startswith("epoch")):
+        raise SystemExit("--epochs is a window of the axis of epochs: not with --budget, nor with another --x")
+    folders = args.study or sorted({str(config.parent.parent) for config in Path("results").rglob("config.json")})
     if not folders:
         raise SystemExit("results/ holds no study: train one with python train.py, or name a folder")
     chosen = {option.name: getattr(args, option.name) for option in fields(Options)}
-    chosen["x"] = args.x or Options(budget=args.budget).axis
+    chosen["x"] = x
     options = Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()})
     paths = []
     try:

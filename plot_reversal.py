@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from compare import BW_ONLY, Cell, Study, Variant, mean_interval
+from cells import BW_ONLY, Cell, Study, Variant
 from drawing import COLOURS, Options, label_ends, new_figure, save
 from measures import asked
 from report import describe, short
 from runs import Run
+from stats import mean_interval
 
 QUESTIONS = {"teacher": "Who taught Y?", "pupil": "Whom did X teach?"}
 MEASURES = {"acc": "right answers", "auc": "share of others that score below the right one"}
@@ -30,13 +31,13 @@ def reversal(study: Study, options: Options = Options()) -> list[Path]:
                     for variant in sorted(by, key=lambda variant: variant == BW_ONLY)}  # fmt: skip
         measured = {variant: runs for variant, runs in measured.items() if runs}
         if measured:
-            paths.append(_reversal_figure(study, cell, measured))
+            paths.append(_reversal_figure(study, cell, measured, options))
     if not paths:
         study.note(f"reversal: no run has a reversal.csv (python eval_reversal.py {study.folder}, for runs on toyworld-facts)")
     return paths
 
 
-def _reversal_figure(study: Study, cell: Cell, by: dict[Variant, list[Run]]) -> Path:
+def _reversal_figure(study: Study, cell: Cell, by: dict[Variant, list[Run]], options: Options) -> Path:
     runs = [run for some in by.values() for run in some]
     figure, axes = new_figure(2, 2, (13.4, 6.4), sharey="col")
     for (row, column), ax in np.ndenumerate(axes):
@@ -49,7 +50,7 @@ def _reversal_figure(study: Study, cell: Cell, by: dict[Variant, list[Run]]) -> 
     caption += "A direction is asked only of models that learned it. Hollow: the text holds no such sentence. Small: each seed; large: mean over seeds with "
     caption += f"its 95 % t-interval, cut at 0 and 1; the numbers are those of the last point. {describe(runs)}."
     title = f"A fact and its reversal: {cell.label} ({short(cell.params)} parameters), {study.heading(cell.group)}"
-    return save(study, figure, cell.group, f"reversal_{cell.depth}x{cell.width}", title, caption)
+    return save(study, figure, cell.group, f"reversal_{cell.depth}x{cell.width}{options.tag()}", title, caption)
 
 
 def _panel(ax, by: dict[Variant, list[Run]], question: str, measure: str) -> None:

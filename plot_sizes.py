@@ -14,8 +14,8 @@ from matplotlib.ticker import NullLocator
 from cells import BW_ONLY, FW_ONLY, Cell, Study, variants
 from compare import ORDER_WORDS, ORDERS, Ratios, average, bw_against_bw_only, final_ratio, log_ratios, ratio_curve, window_log_ratios, windows
 from drawing import (
-    METRIC_LABELS, PALE, Options, by_group, coloured_cells, holds_one, label_ends, meaning, new_figure, pick, plain_log_axis, runs_of, save,
-    variant_colours,
+    METRIC_LABELS, UNDECIDED, Options, by_group, coloured_cells, includes_one, label_ends, meaning, new_figure, pick, plain_log_axis, runs_of,
+    save, variant_colours,
 )  # fmt: skip
 from report import describe, short
 from stats import paired_interval
@@ -30,7 +30,7 @@ def ratio1_heatmap(study: Study, options: Options = Options()) -> list[Path]:
         sizes = [cell for cell in study.cells if cell.group == group]
         depths, widths = sorted({cell.depth for cell in sizes}), sorted({cell.width for cell in sizes})
         figure, axes = new_figure(1, 2, (2.2 + 2.1 * max(len(widths), 1.6), 1.4 + 0.75 * max(len(depths), 1.6)))
-        tables, pale = [], []
+        tables = []
         for ax, ratios, direction in zip(axes[0], both, ("fw", "bw")):
             table, undecided = np.full((len(depths), len(widths)), np.nan), np.zeros((len(depths), len(widths)), bool)
             for cell, terms in ratios.get(group, {}).items():
@@ -40,14 +40,13 @@ def ratio1_heatmap(study: Study, options: Options = Options()) -> list[Path]:
                     _, top, bottom = ratio_curve(terms, "epoch", options.epochs)
                     value = average(top, bottom, order).mean() if top.size else np.nan
                     logs = window_log_ratios(terms, options.epochs)
-                table[place], undecided[place] = value, holds_one(logs) if len(logs) else False
+                table[place], undecided[place] = value, includes_one(logs) if len(logs) else False
             tables.append(table)
-            pale.append(undecided)
             ax.set_xticks(range(len(widths)), widths)
             ax.set_yticks(range(len(depths)), depths)
             ax.set_xlabel("width", fontsize=8)
             ax.set_ylabel("depth", fontsize=8)
-            ax.set_title("fw" if direction == "fw" else "bw (p_bw = 0 never learnt it)", fontsize=9)
+            ax.set_title("fw" if direction == "fw" else "bw (p_bw = 0 never learned it)", fontsize=9)
             coloured_cells(figure, [ax], [table], [np.isnan(table)], [undecided], 9)  # a scale each: bw ratios are much larger
             for row, column in np.argwhere(np.isnan(table)):
                 ax.text(column, row, "no pair", ha="center", va="center", fontsize=8, backgroundcolor="w")
@@ -55,7 +54,7 @@ def ratio1_heatmap(study: Study, options: Options = Options()) -> list[Path]:
         if missing:
             study.note(f"ratio 1 heat map ({study.heading(group)}): no pair for {', '.join(missing)}")
         when = "Mean over epochs {:g} to {:g}".format(*options.epochs) if options.epochs else f"At the end of training, at equal {options.equal}"
-        caption = f"{meaning('ratio1', metric, variant.label)} {when}, {ORDER_WORDS[order]}. {PALE}" + describe(runs_of(cells)) + "."
+        caption = f"{meaning('ratio1', metric, variant.label)} Right: the same of bw. {when}, {ORDER_WORDS[order]}. {UNDECIDED}" + describe(runs_of(cells)) + "."
         caption += f" Hatched, no pair: {', '.join(missing)}." if missing else ""
         title = f"Ratio 1 of {METRIC_LABELS[metric]} by depth and width, {variant.label}, {study.heading(group)}"
         name = "ratio1_heatmap" + options.tag("metric", "epochs", "order", "p_bw", "task")
@@ -171,7 +170,8 @@ def _by_size(study: Study, options: Options, ratio: str) -> list[Path]:
                 ax.set_ylabel(f"{ratio[:5]} {ratio[5:]} of {METRIC_LABELS[metric]}", fontsize=8)
                 ax.set_title(_span(cells, rows[row], options, ", " if len(columns) > 1 else "\n"), fontsize=8, loc="left")
         for ax, row in zip(axes[:, -1], rows):
-            drawn = np.concatenate([np.concatenate([place.points, place.means]) for place in panels[row, "params"].values()])
+            drawn = np.concatenate([np.concatenate([place.points, place.means, place.interval]) for place in panels[row, "params"].values()])
+            drawn = drawn[np.isfinite(drawn)]
             if drawn.min() > 0 and drawn.max() > 4 * drawn.min():
                 for panel in ax.get_shared_y_axes().get_siblings(ax):
                     panel.set_yscale("log")
@@ -194,7 +194,7 @@ def _span(cells: Ratios, row: str, options: Options, between: str) -> str:
     for terms in cells.values():
         window = windows(terms, options.axis, options.epochs).get(row)
         for term in terms if window else ():
-            table = term.top.curve.sort_values("step")
+            table = term.top.curve
             spans.append([np.interp(window, [0.0, *table[options.axis]], [0.0, *table[x]]) for x in ("epoch", "tokens_total", "step")])
     low, high = np.min(spans, 0)[:, 0], np.max(spans, 0)[:, 1]
     tokens, steps = f"tokens {short(low[1])} to {short(high[1])}", f"steps {short(low[2])} to {short(high[2])}"

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Iterable
+from typing import Callable, Iterable
 
 import numpy as np
 
 from cells import BW_ONLY, FW_ONLY, Cell, Study, Variant, load, variant_of
 from compare import Term, bootstrap, bw_against_bw_only, corrected, final, log_ratios, ratio1, ratio2
-from runs import Run
+from runs import Run, RunError, write_atomically
 from stats import mean_interval, paired_interval
 
 
 def short(number: float) -> str:
     """1234 -> 1,234; 57236 -> 57.2 k; 94000000 -> 94 M."""
-    for least, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+    for least, unit, letter in ((999.5e6, 1e9, "G"), (999.5e3, 1e6, "M"), (1e4, 1e3, "k")):
         if number >= least:
             return f"{number / unit:.3g} {letter}"
     return f"{number:,.0f}"
@@ -38,9 +38,8 @@ def tokens_per_step(run: Run) -> tuple[float, float]:
 
     Both, because the recipe's adaptive number of micro-batches can put most of the tokens into the last few steps.
     """
-    table = run.curve.sort_values("step").drop_duplicates("step", keep="last")
-    steps = np.concatenate([[0.0], table["step"][table["step"] > 0]])
-    tokens = np.concatenate([[0.0], table["tokens_total"][table["step"] > 0]])
+    table = run.curve[run.curve["step"] > 0]
+    steps, tokens = ([0.0, *table[column]] for column in ("step", "tokens_total"))
     if len(steps) < 2:
         return 0.0, 0.0
     return tokens[-1] / steps[-1], float(np.max(np.diff(tokens) / np.diff(steps)))
@@ -157,3 +156,28 @@ def _ratio_lines(study: Study, cell: Cell, variant: Variant) -> list[str]:
             over = documents(ratios[cell])
             lines += [f"        validation documents resampled, one pair each: {over}"] if over else []
     return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Markdown
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    columns = list(columns)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows])
+
+
+def write_between(path: Path, marks: tuple[str, str], title: str, make: Callable[[str], str]) -> None:
+    """Replaces what stands between two marks of a file by `make(what stands around them)`; a new file gets a title and both.
+
+    RunError if only one of the marks is left in the file.
+    """
+    text = path.read_text() if path.exists() else f"# {title}\n"
+    if not any(mark in text for mark in marks):
+        text = text.rstrip() + "\n\n" + "\n".join(marks) + "\n"
+    before, start, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    if not (start and end):
+        raise RunError(f"{path} has lost one of the marks between which its tables stand: {marks[0]} ... {marks[1]}")
+    write_atomically(path, f"{before}{start}\n\n{make(before + after)}\n\n{end}{after}")

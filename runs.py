@@ -20,6 +20,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,6 +133,12 @@ def table_name(table: str, data: str | None = None, windows: int | None = None) 
     return "_".join([table, *([data] if data else []), *([f"{windows}windows"] if windows else [])]) + ".csv"
 
 
+def split_table_name(path: str | Path, table: str) -> tuple[str | None, int | None]:
+    """The text and the number of windows in the name that `table_name` gave to a `table`; None for the run's own, for all."""
+    data, windows = re.fullmatch(rf"{table}(?:_(?!\d+windows)(.+?))?(?:_(\d+)windows)?", Path(path).stem).groups()
+    return data, int(windows) if windows else None
+
+
 def read_table(path: str | Path, columns: tuple[str, ...]) -> pd.DataFrame:
     """A run's table with at least `columns`, but for later ones; an empty frame if there is no such file; RunError if it is damaged."""
     path = Path(path)
@@ -167,7 +174,7 @@ def read_rows(path: str | Path, columns: tuple[str, ...]) -> list[dict[str, str]
 
 @dataclass
 class Run:
-    """One training run, as its folder tells it. `run["depth"]` is short for `run.settings["depth"]`."""
+    """One training run, as its folder tells it, its curve by step. `run["depth"]` is short for `run.settings["depth"]`."""
 
     folder: Path
     config: dict[str, Any]
@@ -190,6 +197,8 @@ class Run:
 def read_config(folder: Path) -> dict[str, Any]:
     """A run's config.json, with the parts that everything relies on. RunError if it is missing or damaged."""
     if not (folder / "config.json").exists():
+        if (folder / "finished.json").exists():
+            raise RunError(f"{folder} has lost its config.json: restore it, or delete the folder to train the run again")
         raise RunError(f"{folder} is not a run: it has no config.json (python train.py writes one)")
     config = read_json(folder / "config.json")
     for key in ("settings", "params", "data"):
@@ -208,7 +217,7 @@ def read_run(folder: str | Path) -> Run:
     return Run(
         folder=folder,
         config=config,
-        curve=read_table(folder / "curve.csv", CURVE_COLUMNS),
+        curve=read_table(folder / "curve.csv", CURVE_COLUMNS).sort_values("step", ignore_index=True),
         layers=read_table(folder / "layers.csv", LAYERS_COLUMNS),
         finished=finished,
     )
@@ -235,6 +244,10 @@ def no_study(folder: Path) -> RunError:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# What `run_name` gives.
+RUN_NAME = re.compile(r"(?P<size>\d+x\d+)_pbw(?P<p_bw>[^_/]+)_seed(?P<seed>\d+)_[0-9a-f]{6}")
+
+
 def run_name(settings: dict[str, Any]) -> str:
     """A readable name that is unique to these settings: `8x384_pbw0.05_seed100_3f2a9c`.
 
@@ -243,3 +256,16 @@ def run_name(settings: dict[str, Any]) -> str:
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
     return f"{settings['depth']}x{settings['width']}_pbw{settings['p_bw']:g}_seed{settings['seed']}_{digest}"
+
+
+def trained_on(folder: str | Path) -> str:
+    """"p_bw = 0.05" or "bw only", of a run that a table knows by the path of its folder.
+
+    Only config.json tells bw only from bw on all that fw learns; where it is gone, both are "p_bw = 1".
+    """
+    try:
+        if read_config(Path(folder))["settings"]["task"] == "bw":
+            return "bw only"
+    except (RunError, KeyError):
+        pass
+    return f"p_bw = {RUN_NAME.fullmatch(Path(folder).name)['p_bw']}"

@@ -19,6 +19,7 @@ from data.tokens import DataError, OfflineError, load_tokenizer
 from flags import Parser
 from machine import tune
 from model import GPT, ModelError, load_model
+from runs import RunError
 
 
 @torch.no_grad()
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         prompt = tokenizer.encode_ordinary(args.prompt)
         texts = continue_tokens(model, prompt, args.direction, args.length, args.samples, args.temperature, args.top_k,
                                 args.seed, metadata["direction_tokens"], tokenizer.n_vocab)  # fmt: skip
-    except (DataError, ModelError, OfflineError) as error:
+    except (DataError, ModelError, OfflineError, RunError) as error:
         raise SystemExit(str(error)) from None
     for number, tokens in enumerate(texts.tolist(), 1):
         cut = len(prompt) if args.direction == "fw" else args.length

@@ -16,14 +16,14 @@ from typing import Iterable
 
 import numpy as np
 
-from cells import BUDGETS, BW_ONLY, FW_ONLY, Cell, Group, Study, StudyError, Variant, choose, corpus_tokens
+from cells import BUDGETS, BW_ONLY, FW_ONLY, Cell, Group, Study, Variant, choose, corpus_tokens
 from compare import (
     Ratios, Term, bw_against_bw_only, corrected, final, log_ratios, lowest, paired, ratio1, ratio2, ratio2_separate,
     window_log_ratios, windows,
 )  # fmt: skip
 from measures import asked
-from report import alarms, describe, documents, floor_of, interval, p_value, plus_minus, short
-from runs import MERGE_COLUMNS, Run, read_table, write_atomically
+from report import alarms, describe, documents, floor_of, interval, markdown_table, p_value, plus_minus, short, write_between
+from runs import MERGE_COLUMNS, Run, read_table, split_table_name
 from verdicts import ABSENT, NEEDED, verdicts
 
 BUDGET_NAMES = {"tokens": "total tokens (both directions)", "fw_tokens": "forward tokens", "steps": "optimiser steps", "seconds": "training seconds"}
@@ -31,16 +31,9 @@ MARKS = ("<!-- report: written by python plot_results.py --report -->", "<!-- en
 
 
 def write(study: Study, variant: Variant | None = None) -> Path:
-    """Writes README.md of the study; StudyError if only one of the two marks is left in it."""
+    """Writes README.md of the study; RunError if only one of the two marks is left in it."""
     path = study.folder / "README.md"
-    text = path.read_text() if path.exists() else f"# {study.folder.name}\n"
-    if MARKS[0] not in text and MARKS[1] not in text:
-        text = f"{text.rstrip()}\n\n{MARKS[0]}\n{MARKS[1]}\n"
-    before, start, rest = text.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not (start and end):
-        raise StudyError(f"{path} has lost one of the marks between which the report stands: {MARKS[0]} ... {MARKS[1]}")
-    write_atomically(path, f"{before}{start}\n\n{markdown(study, variant, before + after)}\n\n{end}{after}")
+    write_between(path, MARKS, study.folder.name, lambda above: markdown(study, variant, above))
     return path
 
 
@@ -52,12 +45,6 @@ def markdown(study: Study, variant: Variant | None = None, above: str = "") -> s
         _repeats(study), _reversal(study), _documents(study, variant), _figures(study.folder, above), _made(study), _left_out(study),
     ]  # fmt: skip
     return "\n\n".join(section for section in sections if section)
-
-
-def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    columns = list(columns)
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _section(title: str, *parts: str) -> str:
@@ -93,7 +80,7 @@ def _verdicts(study: Study, variant: Variant | None) -> str:
         return "## Verdicts\n\nNo finished run of this study was trained in both directions."
     parts = []
     for group, rows in found.items():
-        content = table(("question", "claim", "article (flipped mask)", "ours, flipped", "ours, anticausal", "95 % interval", "verdict"),
+        content = markdown_table(("question", "claim", "article (flipped mask)", "ours, flipped", "ours, anticausal", "95 % interval", "verdict"),
                         [row._replace(verdict=row.verdict if row.verdict == ABSENT else f"**{row.verdict}**") for row in rows])  # fmt: skip
         parts.append(f"### {study.heading(group)}\n\n{content}" if len(found) > 1 or group != group.on_all_text() else content)
     return _section("Verdicts", *parts, f"""
@@ -113,7 +100,7 @@ def _losses(study: Study) -> str:
             rows += _loss_rows(study, cell)
             runs += [run for seeds in study.cells[cell].values() for run in seeds.values()]
         columns = ("size (parameters)", "trained on", "seeds", "fw loss", "bw loss", "ratio 1", "p", "ratio 2", "bw / bw only")
-        parts.append(_titled(study, group, f"{describe(runs)}.\n\n{table(columns, rows)}"))
+        parts.append(_titled(study, group, f"{describe(runs)}.\n\n{markdown_table(columns, rows)}"))
     return _section("Losses and ratios", *parts, f"""
         Validation loss in nats per token at the end of each run: mean over seeds ± half of its 95 % t-interval; *italic*: this direction was
         never trained. Ratio 1 = fw loss (p_bw = 0) / fw loss (this row), above 1: the two-direction model is the better forward model. p: paired
@@ -146,7 +133,7 @@ def _budgets(study: Study, variant: Variant | None) -> str:
     parts = []
     for group, cells in _per_group(found.values()):
         texts = {cell: [interval(log_ratios(ratios[cell])) if cell in ratios else "never equal" for ratios in found.values()] for cell in cells}
-        parts.append(_titled(study, group, table(["size", *(BUDGET_NAMES[b] for b in BUDGETS)], ([c.label, *texts[c]] for c in cells))))
+        parts.append(_titled(study, group, markdown_table(["size", *(BUDGET_NAMES[b] for b in BUDGETS)], ([c.label, *texts[c]] for c in cells))))
     if not parts:
         return ""
     return _section("Ratio 1 at equal budgets", *parts, f"""
@@ -162,7 +149,7 @@ def _over_training(study: Study, variant: Variant | None) -> str:
             found = windows(ratios[cell])
             texts = [_window(ratios[cell], found.get(name)) for name in ("early", "all", "late")]
             rows.append([cell.label, *texts, interval(log_ratios(ratios[cell]))])
-        parts.append(_titled(study, group, table(("size", "early", "all", "late", "end"), rows)))
+        parts.append(_titled(study, group, markdown_table(("size", "early", "all", "late", "end"), rows)))
     if not parts:
         return ""
     return _section("Ratio 1 over training", *parts, f"""
@@ -174,7 +161,7 @@ def _window(terms: list[Term], window: tuple[float, float] | None) -> str:
     logs = window_log_ratios(terms, window) if window else ()
     if not len(logs):
         return ""
-    curve = terms[0].top.curve.sort_values("step")
+    curve = terms[0].top.curve
     (start, end), (first, last) = (np.interp(window, [0.0, *curve["epoch"]], [0.0, *curve[x]]) for x in ("tokens_total", "step"))
     return f"{interval(logs)}, {short(start)} to {short(end)} tokens, steps {first:.0f} to {last:.0f}"
 
@@ -197,7 +184,7 @@ def _repeats(study: Study) -> str:
     columns = ("size", "mask", "unique tokens", "epochs", "dropout", "trained on", "n", "fw loss at the end", "at its best evaluation", "ratio 1")
     if not rows:
         return ""
-    return _section("Repeated text", table(columns, rows), """
+    return _section("Repeated text", markdown_table(columns, rows), """
         Epochs: tokens seen, both directions, over unique tokens. Ratio 1, at the end, compares runs with the same unique tokens and dropout. Of
         these runs, only those with all of the text and no dropout enter any other table.""")
 
@@ -224,7 +211,7 @@ def _reversal(study: Study) -> str:
     if not rows:
         return ""
     counts, chances = (" or ".join(words) for words in ((str(n) for n in sorted(pairs)), (f"{100 / n:.0f}" for n in sorted(pairs))))
-    return _section("Facts and their reversals", table(columns, rows), f"""
+    return _section("Facts and their reversals", markdown_table(columns, rows), f"""
         Right answers; share of the other candidates that score below the right one: mean over seeds ± half of its 95 % t-interval. The candidates
         are the answers to all questions of a cell, {counts} of them; by chance {chances} % and 0.50. Who taught Y? reads "Y was a pupil of" forward
         and "was the teacher of Y." backward, Whom did X teach? reads "X was the teacher of" and "was a pupil of X."; one order: the text says who
@@ -237,7 +224,7 @@ def _documents(study: Study, variant: Variant | None) -> str:
     rows = [row for row in rows if row[-1]]
     if not rows:
         return ""
-    return _section("How far the validation text may mislead", table(("size", "of", "each pair [95 % interval]"), rows), f"""
+    return _section("How far the validation text may mislead", markdown_table(("size", "of", "each pair [95 % interval]"), rows), f"""
         {variant.label}; whole validation documents drawn with replacement, 2000 times: how uncertain *one* pair is because the validation set is
         finite. What other seeds would change is in the intervals above.""")
 
@@ -278,7 +265,7 @@ def _measured(folder: Path, script: str, table: str) -> list[str]:
     """The commands that wrote these tables of some of a study's runs: of their own text or another, of all windows or some."""
     commands = set()
     for path in folder.glob(f"*/{table}*.csv"):
-        text, windows = re.fullmatch(rf"{table}(?:_(?!\d+windows)(.+?))?(?:_(\d+)windows)?", path.stem).groups()
+        text, windows = split_table_name(path, table)
         commands.add(f"python {script} {folder}" + (f" --data data/{text}" if text else "") + (f" --windows {windows}" if windows else ""))
     return sorted(commands)
 

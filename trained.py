@@ -65,8 +65,6 @@ def open_trained(run: Run, device: str, data: str | None = None) -> Trained:
                         f"prepare the text with --tokenizer {about['tokenizer']}")  # fmt: skip
     if not (run.folder / "model.safetensors").exists():
         raise RunError(f"{run.folder} has its tables but no model.safetensors (the repository keeps no weights): train it again in another --study")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RunError("--device cuda: torch sees no CUDA device here; use --device cpu")
     tune(device)
     model, metadata = load_model(run.folder / "model.safetensors", device)
     if has_compiler(device):

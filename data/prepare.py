@@ -19,12 +19,9 @@ import datetime
 import json
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +30,7 @@ if not __package__:                         # run as a script: the project's roo
 
 from data.encode import workers, write_tokens  # noqa: E402
 from data.sources import local_splits, read_hub  # noqa: E402
-from data.tokens import DataError, OfflineError, load_tokenizer  # noqa: E402
+from data.tokens import FEWEST, DataError, OfflineError, check_out, load_tokenizer, replaced_folder  # noqa: E402
 from flags import Parser  # noqa: E402
 
 HUB = {"wikitext-103": "wikitext-103-raw-v1", "wikitext-2": "wikitext-2-raw-v1"}       # our name -> configuration
@@ -49,33 +46,6 @@ SMALL = 4_000_000           # bytes of input for which starting workers costs mo
 
 # --------------------------------------------------------------------------------------------------------------------
 # Writing
-
-
-@contextmanager
-def replaced_folder(out: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `out` when the block ends well, and vanishes when it does not."""
-    partial, old = (out.with_name(f".{out.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if out.exists():
-            out.rename(old)
-        partial.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        if old.exists() and not out.exists():       # stopped between the two renames
-            old.rename(out)
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_out(out: Path) -> None:
-    """Refuse to replace anything but an earlier preparation."""
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out} is a file; choose a folder with --out")
-    others = sorted({p.name for p in out.iterdir()} - {"train.bin", "val.bin", "meta.json"}) if out.is_dir() else []
-    if others:
-        raise DataError(f"{out} would be replaced, but holds more than prepared tokens ({', '.join(others[:3])}); "
-                        f"choose another folder with --out")
 
 
 def prepare_text(args: argparse.Namespace, out: Path, count: int | None, command: str) -> dict:
@@ -98,8 +68,8 @@ def prepare_text(args: argparse.Namespace, out: Path, count: int | None, command
             for name, split in splits.items():
                 with open(partial / f"{name}.bin", "wb") as file:
                     entry = write_tokens(file, split, args.tokenizer, dtype, pool, progress=bar.update)
-                if entry["tokens"] == 0:
-                    raise DataError(f"{args.source}: the {name} split has no text; give a larger text, "
+                if entry["tokens"] < FEWEST[name]:
+                    raise DataError(f"{args.source}: the {name} split has {'a single token' if entry['tokens'] else 'no text'}; give a larger text, "
                                     f"another --val-fraction, or files of your own for train and val")
                 entries[name] = {"file": f"{name}.bin", **entry}
         meta = {"name": out.name, "tokenizer": args.tokenizer, "vocab_size": encoding.n_vocab, "dtype": dtype,
@@ -118,8 +88,12 @@ def report(meta: dict, args: argparse.Namespace, out: Path) -> None:
         published = PUBLISHED.get((args.source, name)) if args.tokenizer == "gpt2" else None
         if published and published != entry["tokens"]:
             print(f"  note: the published {name} split of {args.source} has {published:,} tokens")
+    sizes = {name: entry["tokens"] for name, entry in meta["splits"].items()}
+    if sizes["train"] < sizes["val"]:
+        print("  note: there is less text to train on than to validate on; names of files and folders that say train, val, valid or dev decide")
     standard = out.parent == ROOT / "data"
-    settings = ", with settings for small models as in the Makefile" if args.source in TOYWORLDS else ""
+    small = meta["vocab_size"] < 10_000 or sizes["train"] < 5_000_000
+    settings = ", with settings for small models as in the Makefile" if small else ""
     print(f"next: python train.py --data {out.name if standard else out}{settings}")
 
 

@@ -236,6 +236,8 @@ def local_splits(source: Path, field: str, val_fraction: float) -> tuple[dict[st
     val = named.get("val", [])
     train = [path for path in files if path not in set(val)]
     if train and val:
+        names = ", ".join(str(path.relative_to(source)) for path in val[:3]) + (f" and {len(val) - 3} more" if len(val) > 3 else "")
+        print(f"validation split, by file name: {names} (no share of the text is set aside)")
         return {"train": documents(train, field), "val": documents(val, field)}, size
     if all(suffix_of(path) == ".txt" for path in files):
         return share_of_bytes(files, val_fraction), size

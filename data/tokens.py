@@ -1,4 +1,4 @@
-"""Reading tokens: memory-mapped files, training windows, validation windows, tokenizers. NumPy only.
+"""Token folders: memory-mapped files, training windows, validation windows, tokenizers. NumPy only.
 
 A token folder (written by data/prepare.py) holds train.bin and val.bin, little-endian tokens without a header, and
 meta.json, which says what they are. A window is length + 1 tokens: `length` of them are scored.
@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     import tiktoken
 
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+FEWEST = {"train": 1, "val": 2}           # tokens that a split must have to be learned from, or scored
 PREPARED_BY_NAME = ("toyworld", "toyworld-facts", "wikitext-2", "wikitext-103")      # data sets that prepare.py can get by name
 
 
@@ -82,7 +86,7 @@ def open_tokens(folder: str | Path, split: str, verify: bool = False) -> Tokens:
     if size != count * dtype.itemsize:
         raise DataError(f"{path} has {size:,} bytes where meta.json promises {count:,} tokens of type {meta['dtype']} "
                         f"({count * dtype.itemsize:,} bytes); {repair}")
-    if count < (2 if split == "val" else 1):
+    if count < FEWEST[split]:
         raise DataError(f"{path} holds {count or 'no'} token{'s' * (count != 1)}, too few to {'score' if split == 'val' else 'train on'}; {repair}")
     if verify and file_sha256(path) != sha256:
         raise DataError(f"{path} is not the file that was prepared (its sha256 differs from meta.json's); {repair}")
@@ -127,6 +131,33 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def replaced_folder(out: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `out` when the block ends well, and vanishes when it does not."""
+    partial, old = (out.with_name(f".{out.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if out.exists():
+            out.rename(old)
+        partial.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if old.exists() and not out.exists():       # stopped between the two renames
+            old.rename(out)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_out(out: Path) -> None:
+    """Refuse to replace anything but an earlier preparation."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; choose a folder with --out")
+    others = sorted({p.name for p in out.iterdir()} - {"train.bin", "val.bin", "meta.json"}) if out.is_dir() else []
+    if others:
+        raise DataError(f"{out} would be replaced, but holds more than prepared tokens ({', '.join(others[:3])}); "
+                        f"choose another folder with --out")
 
 
 # --------------------------------------------------------------------------------------------------------------------

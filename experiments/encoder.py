@@ -13,11 +13,7 @@ class there; load_encoder reads everything that save wrote.
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
-
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor

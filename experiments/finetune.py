@@ -66,8 +66,8 @@ class Settings:
     batch_tokens: int = Option(8192, "tokens of a micro-batch, which is learned forward, or forward and backward", 2)
     micro_batches: int = Option(1, "micro-batches per step", 1)
     # The optimiser: AdamW, betas 0.9 and 0.95
-    lr: float | None = Option(None, "highest learning rate; none: 2e-4 with LoRA, 2e-5 for all weights (customary, not tuned here)", 0)
-    warmup_steps: int = Option(20, "linear warm-up; afterwards linear decay to 0", 0)
+    lr: float | None = Option(None, "learning rate before warm-up and decay; none: 2e-4 with LoRA, 2e-5 for all weights (customary, not tuned here)", 0)
+    warmup_steps: int = Option(20, "steps of linear warm-up, times a linear decay from the first step to 0 at the end", 0)
     weight_decay: float = Option(0.0, "of all that is trained", 0)
     clip: float = Option(1.0, "longest gradient", 0)
     dtype: str = Option("auto", "to compute in; auto: bfloat16 where the machine multiplies it fast", choices=("auto", "float32", "bfloat16"))

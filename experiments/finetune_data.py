@@ -25,9 +25,8 @@ if not __package__:
 import numpy as np
 
 from data.encode import Document
-from data.prepare import check_out, replaced_folder
 from data.sources import local_splits
-from data.tokens import DTYPES, DataError, OfflineError, load_tokenizer
+from data.tokens import DTYPES, FEWEST, DataError, OfflineError, check_out, load_tokenizer, replaced_folder
 from experiments.backbone import BackboneError, find_hugging_face, open_tokenizer
 from flags import Parser
 
@@ -92,7 +91,7 @@ def prepare(source: str, tokenizer, name: str, out: Path, text_field: str = "tex
         for split, documents in splits.items():
             with open(partial / f"{split}.bin", "wb") as file:
                 entries[split] = {"file": f"{split}.bin", **write_split(file, documents, tokenizer, DTYPES[dtype])}
-            if entries[split]["tokens"] < 2:
+            if entries[split]["tokens"] < FEWEST[split]:
                 raise DataError(f"{source}: the {split} split has no text; give a larger text or another --val-fraction")
         meta = {"name": out.name, "tokenizer": name, "probe": ids_of(tokenizer, [PROBE])[0], "vocab_size": len(tokenizer), "dtype": dtype,
                 "eot_token": tokenizer.eos_token_id, "splits": entries, "source": source,

@@ -13,21 +13,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
-
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data.prepare import replaced_folder
+from data.tokens import replaced_folder
 from experiments.backbone import DIRECTION_TOKENS, BackboneError, HuggingFaceBackbone, find_hugging_face, open_hugging_face
 from model import MASK_OF, frame
 

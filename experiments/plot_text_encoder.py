@@ -23,14 +23,13 @@ import pandas as pd
 
 from drawing import COLOURS, DASHES, new_figure, write_png
 from flags import Parser
-from runs import RunError
+from runs import RUN_NAME, RunError, trained_on
 from stats import holm, mean_interval, paired_p, seeds_needed
 
 STAGES = ("causal", "none", "mntp", "simcse", "pairs", "mntp+simcse", "mntp+pairs", "mntp+simcse+pairs")
 MEASUREMENT = ("family", "task", "metric", "position", "depth", "sentences", "probe_epochs", "probe_lr")  # rows that agree in these share a panel
 OF_TEXTS = ("pooling", "instruction")  # and for similarities of texts in these
 TRAINING = ("data", "lora", "pairs", "mntp_", "simcse_", "pooling", "instruction")  # a stage's rows that differ here are two lines
-RUN = re.compile(r"(?P<family>([^/]+/)?\d+x\d+)_pbw(?P<p_bw>[\d.e-]+)_seed(?P<seed>\d+)_[0-9a-f]{6}$")
 BASE, BW_ONLY = "p_bw = 0", "bw only"
 UNITS = {"f1": "span F1, %", "acc": "accuracy, %", "spearman": "Spearman, %", "loss": "loss, nats"}
 TASKS = {"masked": "hidden tokens", "toyworld": "entities"}
@@ -43,10 +42,10 @@ def read_scores(path: Path) -> pd.DataFrame:
     rows = pd.read_csv(path, dtype=str, keep_default_na=False)
     for column in OF_TEXTS:
         rows[f"text_{column}"] = rows[column].where(rows.metric == "spearman", "")
-    found = rows.model.map(lambda name: RUN.search(name))
+    found = [RUN_NAME.fullmatch(Path(name).name) for name in rows.model]
     # runs of one study and size are a family, whose members differ in p_bw; other models go by their names
-    rows["family"] = [match["family"] if match else "" for match in found]
-    rows["system"] = [system(match) if match else Path(name).name for match, name in zip(found, rows.model)]
+    rows["family"] = [str(Path(Path(name).parent.name, match["size"])) if match else "" for match, name in zip(found, rows.model)]
+    rows["system"] = [trained_on(name) if match else Path(name).name for match, name in zip(found, rows.model)]
     rows["unit"] = [f"seed {match['seed']}" if match else f"tuning {seed}" for match, seed in zip(found, rows.seed)]
     twice = rows.groupby(["family", "system", "unit"]).model.nunique()
     if (twice[[unit.startswith("seed") for _, _, unit in twice.index]] > 1).any():
@@ -55,10 +54,6 @@ def read_scores(path: Path) -> pd.DataFrame:
     rows["value"] = rows.score.astype(float) * np.where(rows.metric == "loss", 1, 100)
     keys = [*MEASUREMENT, *(f"text_{column}" for column in OF_TEXTS), "stage", "system", "unit"]
     return rows.groupby(keys, sort=False).value.mean().reset_index()
-
-
-def system(match: re.Match) -> str:
-    return BW_ONLY if match["p_bw"] == "1" else f"p_bw = {match['p_bw']}"
 
 
 def differences(rows: pd.DataFrame) -> list[str]:

@@ -24,15 +24,15 @@ if not __package__:
 import numpy as np
 import pandas as pd
 
-from compare import mean_interval
 from drawing import COLOURS, DASHES, new_figure, write_png
 from flags import Parser
-from runs import RunError, read_config
+from runs import RUN_NAME, RunError, trained_on
+from stats import mean_interval
 
 # What must agree for rows to be one setting; systems of a setting are compared with each other.
 SETTING = ["task", "metric", "shots", "subtoken", "head", "crf", "finetune", "epochs", "batch", "lr", "lr_backbone", "dropout", "study"]
 # A run of train.py, as it is or tuned further by text_encoder.py (then its weights' path is the model's name).
-RUN = re.compile(r"((\d+x\d+)_pbw([\d.]+)_seed(\d+)_[0-9a-f]{6})(?:_(mntp[a-z+]*)_[0-9a-f]{6}/model\.safetensors)?$")
+RUN = re.compile(rf"(?P<run>{RUN_NAME.pattern})(?:_(?P<tuned>mntp[a-z+]*)_[0-9a-f]{{6}}/model\.safetensors)?$")
 # In the order of rows.
 FEATURES = {"fw": COLOURS[0], "bw": COLOURS[1], "none": COLOURS[3], "fw+fw": COLOURS[4], "fw+bw": COLOURS[2]}
 
@@ -69,23 +69,19 @@ def system(row: pd.Series, homes: dict[str, str]) -> System:
 
 def short(model: str, homes: dict[str, str]) -> tuple[str, str]:
     """A model without its seed: ("p_bw = 0.05", "toyworld 4x128"), ("p_bw = 0 + mntp", "wikipedia 4x192"); others are
-    their own name. `homes` has the studies of runs: one that was tuned further stays in its study, wherever it is kept.
-    Only a run's config.json tells bw only from bw added to all fw; without one both are p_bw = 1."""
+    their own name. `homes` has the studies of runs: one that was tuned further stays in its study, wherever it is kept."""
     found = RUN.search(model)
     if not found:
         return model, ""
-    kind = f"p_bw = {found[3]}" + (f" + {found[5]}" if found[5] else "")
-    try:
-        kind = "bw only" if read_config(Path(model))["settings"]["task"] == "bw" else kind
-    except (RunError, KeyError):
-        pass
-    return kind, f"{homes.get(found[1], Path(model[: found.end(1)]).parent.name)} {found[2]}".strip()
+    folder = Path(model[: found.end("run")])
+    kind = trained_on(folder) + (f" + {found['tuned']}" if found["tuned"] else "")
+    return kind, f"{homes.get(found['run'], folder.parent.name)} {found['size']}".strip()
 
 
 def unit(row: pd.Series) -> str:
     """What is independent between rows of a system: the backbone's training seed, else the head's seed."""
     found = RUN.search(row.model)
-    return f"seed {found[4]}" if found else f"head {row.seed}"
+    return f"seed {found['seed']}" if found else f"head {row.seed}"
 
 
 def read_scores(path: Path) -> pd.DataFrame:

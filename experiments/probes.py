@@ -11,11 +11,7 @@ keep what it expects.
 from __future__ import annotations
 
 import csv
-import sys
 from pathlib import Path
-
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F

@@ -11,12 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F

@@ -15,13 +15,9 @@ are spans, scored by seqeval; any others (parts of speech) are scored by accurac
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import toyworld
 from data.tokens import DataError, OfflineError

@@ -193,7 +193,7 @@ def window_of(backbone: Backbone, settings: Settings) -> int:
 
 def train_masked(encoder: Encoder, settings: Settings, _: str) -> list[dict]:
     backbone, text = encoder.backbone, text_of(settings)
-    lr = settings.mntp_lr or (1e-3 if full(backbone, settings) else 5e-5)
+    lr = settings.mntp_lr if settings.mntp_lr is not None else 1e-3 if full(backbone, settings) else 5e-5
     streams = (tuning.token_stream(backbone, text, split) for split in ("train", "val"))
     head = mntp.output_head(backbone, settings.model)
     return mntp.train(backbone, head, *streams, masking_of(backbone, settings), settings.mntp_steps, lr, settings.mntp_batch,
@@ -201,7 +201,7 @@ def train_masked(encoder: Encoder, settings: Settings, _: str) -> list[dict]:
 
 
 def train_contrastive(encoder: Encoder, settings: Settings, kind: str) -> list[dict]:
-    lr = settings.simcse_lr or (1e-4 if full(encoder.backbone, settings) else 3e-5)
+    lr = settings.simcse_lr if settings.simcse_lr is not None else 1e-4 if full(encoder.backbone, settings) else 3e-5
     if kind == "pairs" and not settings.pairs:
         raise EncoderError("--pairs is missing: a CSV file of text, positive and, if you have them, hard negative")
     if kind == "pairs":

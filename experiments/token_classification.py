@@ -25,7 +25,7 @@ import copy
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 if not __package__:
@@ -332,15 +332,14 @@ def tag_only(settings: Settings) -> None:
 
 def run_grid(grid: list[Settings]) -> None:
     tasks, backbones, cache, place = {}, {}, {}, None
-    one = len(grid) == 1
-    if not one and any(settings.save or settings.predictions for settings in grid):
-        raise TaggingError("--save and --predictions need one value for every flag: several taggers would overwrite each other")
+    if len(grid) > 1 and any(settings.save or settings.predictions or settings.load for settings in grid):
+        raise TaggingError("--save, --load and --predictions need one value for every flag: several taggers would overwrite each other's files")
     for number, settings in enumerate(grid, 1):
         out = Path(settings.out)
         rows = runs.read_rows(out, COLUMNS)
         key = ["" if value is None else str(value) for value in named(settings).values()]
         label = " ".join(str(getattr(settings, name)) for name in ("task", "model", "model_bw", "features", "shots", "seed"))
-        if not one and any([row[name] for name in NAMED] == key for row in rows):
+        if any([row[name] for name in NAMED] == key for row in rows) and not (settings.save or settings.predictions):
             print(f"{number}/{len(grid)}  {label}: in {out} already, skipped")
             continue
         if settings.task not in tasks:
@@ -358,7 +357,7 @@ def run_grid(grid: list[Settings]) -> None:
 def main(argv: list[str] | None = None) -> None:
     grid = parse_grid(Settings, __doc__, argv)
     try:
-        if grid[0].load:
+        if grid[0].load and len(grid) == 1:
             tag_only(grid[0])
         else:
             run_grid(grid)

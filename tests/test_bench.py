@@ -185,7 +185,7 @@ def test_a_peer_that_fails_costs_nothing_but_its_own_figures(tmp_path, monkeypat
     case, cpu = bench.Case(2, 32, 16, 2, 1), torch.device("cpu")
     working, failed = bench_peers.steps(tmp_path, case, torch.zeros(100, dtype=torch.int32).numpy(), cpu, torch.float32, False)
     assert list(working) == ["nanoGPT"] and "is not hlb-gpt's main.py" in failed["hlb-gpt"]
-    point = fake_point("cpu", 8, 384, 512, fw=1.0) | {"peers_failed": failed}
+    point = fake_point("cpu", 8, 384, 512, fw=1.0) | {"failed_parts": failed}
     assert bench_report.sentence(point).endswith("version 0.4.1)") and "hlb-gpt failed (RunError" in bench_report.sentence(point)
 
 
@@ -224,12 +224,33 @@ def test_user_errors_are_one_sentence(tmp_path, flags, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_readme_without_its_marks_is_not_overwritten(tmp_path):
+def test_a_readme_is_kept_but_for_what_stands_between_its_marks(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"date": "", "command": "", "machine": "cpu", "device": "cpu", "points": [fake_point("cpu", 8, 384, 512, fw=1.0, reference=2.0)]}))
-    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "README.md").write_text("mine\n")
+    bench_report.write(tmp_path)
+    first = (tmp_path / "README.md").read_text()
+    assert first.startswith("mine\n\n" + bench_report.MARKS[0]) and "| 8 x 384, 4 x 512 tokens |" in first
+    bench_report.write(tmp_path)
+    assert (tmp_path / "README.md").read_text() == first
+    (tmp_path / "README.md").write_text(first.replace(bench_report.MARKS[1], ""))
     with pytest.raises(RunError, match="marks"):
         bench_report.write(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_what_finds_no_memory_is_left_out_not_the_point(capsys):
+    """A card may hold the recordings of our passes, but not the reference beside them."""
+    calls = []
+
+    def hungry():
+        calls.append("reference")
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    work = {"peak": lambda: None, "reference": hungry, "fw": lambda: None, "bw": lambda: calls.append("bw")}
+    lost = bench.left_out(work)
+    assert list(work) == ["peak", "fw", "bw"] and list(lost) == ["reference"] and calls == ["reference", "bw", "reference", "bw"]
+    point = fake_point("cpu", 8, 384, 512, fw=1.0) | {"failed_parts": lost}
+    assert bench_report.sentence(point).endswith("reference failed (no memory left beside the rest)")
 
 
 def test_medians_interleave_and_scale(monkeypatch):

@@ -18,8 +18,9 @@ import runs
 import stats
 import verdicts
 from cells import Study, load, sort_runs
-from compare import bootstrap, bw_against_bw_only, corrected, log_ratios, paired_interval, ratio1, ratio2
+from compare import bootstrap, bw_against_bw_only, corrected, log_ratios, ratio1, ratio2
 from runs import Run
+from stats import paired_interval
 from study_readme import markdown
 
 SETTINGS = {"depth": 2, "width": 64, "num_heads": 1, "data": "wiki", "bw_mask": "anticausal", "task": "fw+bw"}

@@ -16,7 +16,7 @@ import plot_reversal
 import runs
 import study_readme
 import train
-from compare import load
+from cells import load
 from data.tokens import open_tokens
 from data.toyworld import World, encoding, questions, write_corpus
 from model import GPT, MASK_OF, GPTConfig, frame, padded_vocab_size

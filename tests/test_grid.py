@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import time
 
 import pytest
@@ -162,12 +163,35 @@ def test_a_failure_is_kept_and_tried_again_by_the_next_command(corpus, tmp_path,
 
 
 def test_what_another_process_saw_fail_is_told_but_not_tried_again(tmp_path):
-    work = grid.Grid([tmp_path / "a", tmp_path / "b"])
+    work = grid.Grid(dict.fromkeys([tmp_path / "a", tmp_path / "b"]))
     runs.write_json(tmp_path / "a" / "failed.json", {"reason": "seen by another"})
     assert work.next() == tmp_path / "b" and work.failed == {tmp_path / "a": "seen by another"}
     work.close()
-    assert grid.Grid([tmp_path / "a"]).next() == tmp_path / "a"
+    assert grid.Grid({tmp_path / "a": None}).next() == tmp_path / "a"
     assert not (tmp_path / "a" / "failed.json").exists()
+
+
+def test_a_finished_run_on_other_tokens_is_told(corpus, tmp_path, capsys):  # noqa: F811
+    """The text was prepared again under the same name: new runs of the command would see another one."""
+    data, study = tmp_path / "data", tmp_path / "study"
+    shutil.copytree(corpus, data)
+    train.main(flags(data, study, "--steps 2"))
+    train.main(flags(data, study, "--steps 2"))
+    assert "is finished\n" in capsys.readouterr().out
+    meta = json.loads((data / "meta.json").read_text())
+    meta["splits"]["train"]["sha256"] = "0" * 64
+    (data / "meta.json").write_text(json.dumps(meta))
+    train.main(flags(data, study, "--steps 2"))
+    assert f"is finished, but it was trained on other tokens than {data} holds now" in capsys.readouterr().out
+
+
+def test_a_run_that_lost_its_config_is_told_what_to_do(corpus, tmp_path, capsys):  # noqa: F811
+    train.main(flags(corpus, tmp_path, "--steps 2"))
+    (config,) = tmp_path.glob("*/config.json")
+    config.unlink()
+    with pytest.raises(SystemExit, match="has lost its config.json: restore it, or delete the folder"):
+        train.main(flags(corpus, tmp_path, "--steps 2"))
+    assert "1 failed" in status(tmp_path)
 
 
 def test_status_counts_and_estimates(corpus, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -181,7 +205,7 @@ def test_status_counts_and_estimates(corpus, tmp_path, monkeypatch, capsys):  # 
     monkeypatch.setattr(train.Training, "check", lambda *_: (_ for _ in ()).throw(runs.RunError("stopped")))
     with pytest.raises(SystemExit):
         train.main(flags(corpus, tmp_path, "--steps 4 --seed 3"))
-    grid.Grid([tmp_path / f"1x16_pbw0.05_seed{k}_000000" for k in (4, 5, 6)])
+    grid.Grid(dict.fromkeys(tmp_path / f"1x16_pbw0.05_seed{k}_000000" for k in (4, 5, 6)))
     claim = take(tmp_path / "1x16_pbw0.05_seed4_000000")
     for path in tmp_path.glob("*/finished.json"):
         content = json.loads(path.read_text())

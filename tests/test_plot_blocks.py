@@ -10,7 +10,9 @@ import plot_context
 import plot_layers
 import plot_merge
 import runs
-from compare import load, ratio1, variants
+from cells import load, variants
+from compare import ratio1
+from drawing import Options
 
 
 def plant_layers(folder, depth=4, windows=None, wrong=0.0):
@@ -66,8 +68,26 @@ def test_blocks_and_influence_are_found_again(tmp_path, captions):
     for draw in (plot_blocks.blocks_drop, plot_blocks.blocks_angle, plot_blocks.blocks_influence):
         (path,) = draw(study)
         assert path.stat().st_size > 10_000
-    assert "4 x 64 fw 1.00 ± 0.00 (4), 4 x 64 bw -1.00 ± 0.00 (2)" in captions["blocks_influence"], "p_bw = 0 was not trained backward"
+    assert "4 x 64 fw 1.00 (1.00 to 1.00, 4 runs), 4 x 64 bw -1.00 (-1.00 to -1.00, 2 runs)" in captions["blocks_influence"], "p_bw = 0 was not trained backward"
     assert not study.notes
+    for folder in tmp_path.glob("*x*"):  # as eval_layers.py --ablations cut drop leaves it: the drops are enough for the correlation
+        rows = [row for row in runs.read_rows(folder / "layers.csv", runs.LAYERS_COLUMNS) if row["ablation"] != "block"]
+        runs.write_table(folder / "layers.csv", rows, runs.LAYERS_COLUMNS)
+    plot_blocks.blocks_influence(load(tmp_path))
+    assert "4 x 64 fw 1.00 (1.00 to 1.00, 4 runs)" in captions["blocks_influence"] and not plot_blocks.blocks_drop(load(tmp_path))
+
+
+def test_figures_of_some_seeds_do_not_replace_those_of_all(tmp_path):
+    """Of every kind that reads another table than curve.csv and layers.csv, too."""
+    folders = [plant(tmp_path, p_bw=p_bw, seed=seed, max_seq_len=128) for seed in (0, 1) for p_bw in (0.0, 0.05)]
+    for folder in folders:
+        plant_context(folder, 1)
+    a, b = (folder.name for folder in folders[:2])
+    row = dict.fromkeys(runs.MERGE_COLUMNS, 1.0) | {f"{d}_ppl": np.e for d in ("fw", "bw")}
+    runs.write_table(tmp_path / "merge.csv", [row | {"run_a": a, "run_b": b, "weight": w} for w in (0, 1)], runs.MERGE_COLUMNS)
+    figures = [draw(load(tmp_path, seeds), Options(seeds=seeds)) for draw in (plot_context.context, plot_merge.merge) for seeds in (None, (0,))]
+    names = [path.name for paths in figures for path in paths]
+    assert len(names) == len(set(names)) == 4 and sum("seeds-0" in name for name in names) == 2
 
 
 def test_windows_have_figures_of_their_own_and_an_incomplete_table_none(tmp_path, captions):

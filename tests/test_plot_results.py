@@ -17,7 +17,7 @@ import report
 import runs
 from cells import FW_ONLY, StudyError, Variant, choose, load
 from compare import ORDERS
-from drawing import holds_one, spread
+from drawing import includes_one, spread
 from study_readme import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,10 +161,10 @@ def test_labels_are_spread_without_overlap_and_about_their_lines(wanted, gap):
         assert places == pytest.approx([0.4, 0.5, 0.6])
 
 
-def test_a_cell_is_pale_where_the_interval_over_seeds_holds_one():
+def test_a_cell_is_undecided_where_the_interval_over_seeds_includes_one():
     logs = np.log([[1.10, 0.90, 1.3], [1.11, 1.12, 1.3], [1.12, 1.0, 1.3]])  # (seeds, cells)
-    assert holds_one(logs).tolist() == [False, True, False]
-    assert holds_one(logs[:1]).tolist() == [True] * 3  # one seed tells nothing
+    assert includes_one(logs).tolist() == [False, True, False]
+    assert includes_one(logs[:1]).tolist() == [True] * 3  # one seed tells nothing
 
 
 def test_bw_against_bw_only_by_size(tmp_path, monkeypatch):
@@ -251,6 +251,8 @@ def test_which_p_bw_is_compared(tmp_path):
     study = load(tmp_path)
     assert choose(study) == P5 and choose(study, 0.5) == Variant("fw+bw", 0.5)
     assert choose(study, task="fw-or-bw") == Variant("fw-or-bw", 0.05)
+    plant(tmp_path, p_bw=0.25, task="fw-or-bw")
+    assert choose(load(tmp_path), 0.25) == Variant("fw-or-bw", 0.25)  # --p_bw tells, whatever the task
     assert choose(study, 0.3) is None and "p_bw = 0.3" in study.notes[-1]
     assert [term.seed for term in next(iter(compare.ratio2_separate(study).values()))] == [0]
 
@@ -319,7 +321,7 @@ def test_command_draws_all_and_names_what_is_left_out(tmp_path, capsys):
     out = capsys.readouterr().out
     assert {path.name for path in (tmp_path / "s" / "figures").iterdir()} == {path.name for path in paths}
     assert all(str(path) in out for path in paths) and len(paths) == len(plot_results.FIGURES) - 1 - len(OTHER_TABLES)  # all but the leak
-    assert "seed2 is unfinished" in out and 'seed3: layers.csv lacks the "cut" rows' in out
+    assert "seed2 is unfinished" in out and "layers: not measured in all runs (python eval_layers.py" in out
     assert "ratio2_by_size_ratio_then_mean.png" in out and "repeats_2x64.png" in out
 
 
@@ -363,6 +365,14 @@ def test_losses_that_cannot_be_are_reported(tmp_path):
     assert "leak until proven otherwise" in plot_results.summary(tmp_path / "text")
 
 
+def test_without_a_folder_every_study_is_drawn_nested_ones_too(tmp_path, monkeypatch):
+    plant(tmp_path / "results" / "one")
+    plant(tmp_path / "results" / "two" / "nested")
+    monkeypatch.chdir(tmp_path)
+    paths = plot_results.main(["--figure", "curves"])
+    assert [str(path) for path in paths] == [f"results/{study}/figures/curves_2x64.png" for study in ("one", "two/nested")]
+
+
 def test_user_errors_are_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -378,6 +388,8 @@ def test_user_errors_are_one_sentence(tmp_path, monkeypatch):
     folder = plant(tmp_path / "s")
     assert "none of these seeds" in message("s", "--seeds", "5")
     assert "--epochs 3 1" in message("s", "--epochs", "3", "1") and "--smooth 0" in message("s", "--smooth", "0")
+    assert "--epochs is a window" in message("s", "--epochs", "1", "3", "--budget", "steps")
+    assert "--epochs is a window" in message("s", "--epochs", "1", "3", "--x", "step")
     table = pd.read_csv(folder / "curve.csv")
     table.assign(fw_loss="abc").to_csv(folder / "curve.csv", index=False)
     assert "curve.csv" in message("s") and "'fw_loss'" in message("s")
@@ -391,3 +403,8 @@ def test_user_errors_are_one_sentence(tmp_path, monkeypatch):
 def test_plotting_needs_no_torch():
     code = "import sys, plot_results; assert not {'torch', 'matplotlib.pyplot'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("number, text", [(999, "999"), (57_236, "57.2 k"), (999_499, "999 k"), (999_999, "1 M"), (94_000_000, "94 M"), (999_999_999, "1 G")])
+def test_numbers_are_short_across_units(number, text):
+    assert report.short(number) == text

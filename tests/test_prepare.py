@@ -138,6 +138,7 @@ def test_wikitext_through_datasets_gives_the_raw_files_tokens(tmp_path, gpt2, mo
     ("a.jsonl.gz", b"not gzip\n", r"a\.jsonl\.gz is damaged"),
     ("a.parquet", b"not parquet", r"a\.parquet cannot be read as parquet"), ("a.jsonl", b'{"text": "only one"}\n', r"has 1 document"),
     ("a.txt", b"", r"split has no text"), ("a.txt", b"word\n", r"the train split has no text.*--val-fraction"),
+    ("a.txt", b" was born in\n.", r"the val split has a single token"),
     ("a.jsonl", b'{"text": "a"}\n{"text": ' + b"9" * 5000 + b"}\n", r"line 2: .*digits"),
     ("a.jsonl", b'{"text": "a"}\n' + b"[" * 200_000 + b"\n", r"line 2: nested too deeply"),
     ("a.jsonl", b"\n", r"has 0 document"), ("a.pdf", b"x", r"holds no text to train on.*\.txt"),

@@ -102,3 +102,9 @@ def test_numbers_that_make_no_sense_are_refused(checkpoint, flag, capsys):
 def test_no_such_run(tmp_path):
     with pytest.raises(SystemExit, match="does not exist"):
         sample.main([str(tmp_path)])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_here_is_one_sentence(checkpoint):
+    with pytest.raises(SystemExit, match="sees no CUDA device here; use --device cpu"):
+        sample.main([checkpoint(), "--prompt", "Adela", "--device", "cuda"])

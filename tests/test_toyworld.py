@@ -308,7 +308,7 @@ def test_pinned_bytes(tmp_path):
 def test_equal_bytes_whatever_the_hash_seed_and_beside_a_folder_of_the_same_name(tmp_path):
     """data/toyworld/ (the files) lies beside data/toyworld.py: the module must still be the one that is imported."""
     (tmp_path / "data").mkdir()
-    for name in ("__init__.py", "toyworld.py", "toyworld_facts.py"):
+    for name in ("__init__.py", "tokens.py", "toyworld.py", "toyworld_facts.py"):
         shutil.copy(ROOT / "data" / name, tmp_path / "data" / name)
     code = f"from data import toyworld; toyworld.write_corpus('data/toyworld', **{SMALL})"
     found = []
