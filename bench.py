@@ -313,9 +313,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seq_len", type=count, help="tokens of a window (default: 512 on a CPU, 1024 on a GPU)")
     parser.add_argument("--batch", type=count, help="windows per step (default: 4 on a CPU, 32 on a GPU)")
     parser.add_argument("--repeats", type=count, default=5, help="of every timing, each at least 0.2 s (default: 5)")
-    parser.add_argument("--ahead", type=count, default=1, help="points under way at once: others start and compile while one is timed, which a sweep bears (default: 1)")
+    parser.add_argument("--ahead", type=count, default=1, help="points in progress at once: others start and compile while one is timed; fine for a sweep (default: 1)")
     parser.add_argument("--all", action="store_true", help="other sizes and lengths too")
-    parser.add_argument("--sweep", choices=("lengths", "sizes"), help="of --all this sweep alone, without the sizes that are measured in full")
+    parser.add_argument("--sweep", choices=("lengths", "sizes"), help="only this part of --all, without the sizes that are measured in full")
     parser.add_argument("--peers", help="folder with clones of hlb-gpt and nanoGPT, whose own code is timed too")
     parser.add_argument("--text", type=Path, help="text to measure data/prepare.py with, as it takes it")
     for name, choices in (("device", ("cpu", "cuda")), ("dtype", ("float32", "bfloat16")), ("compile", ("on", "off"))):

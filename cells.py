@@ -2,7 +2,7 @@
 
     >>> study = load("results/demo")                      # finished runs, sorted into cells; study.notes: left out, why
     >>> study.cells[cell][Variant("fw+bw", 0.05)][100]    # the run of seed 100
-    >>> choose(study)                                     # the variant to hold against p_bw = 0: 5 % where there is one
+    >>> choose(study)                                     # the variant to compare with p_bw = 0: 5 % where there is one
 
 A *cell* is what one size is measured in: all runs with equal depth, width, num_heads, data and bw_mask (so "flipped"
 never mixes with "anticausal"). If some other setting that can change a result differs between runs of one such cell,
@@ -145,7 +145,7 @@ def variants(study: Study) -> list[Variant]:
 
 
 def choose(study: Study, p_bw: float | None = None, task: str = "fw+bw") -> Variant | None:
-    """The variant to hold against p_bw = 0: `p_bw` if given, else 0.05, else the smallest; of `task`, else of any that is known here."""
+    """The variant to compare with p_bw = 0: `p_bw` if given, else 0.05, else the smallest; of `task`, else of any that is known here."""
     both = [v for v in variants(study) if v not in (FW_ONLY, BW_ONLY) and v.task in ("fw+bw", "fw-or-bw", "adaptive")]
     if p_bw is not None:
         both = [v for v in both if v.p_bw == p_bw]
@@ -167,7 +167,7 @@ def load(folder: str | Path, seeds: Sequence[int] | None = None, budget: str = "
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise StudyError(f"{folder} is not there: train a study with python train.py --study {folder}")
+        raise StudyError(f"{folder} does not exist: train a study with python train.py --study {folder}")
     try:
         found = read_study(folder)
     except RunError as error:

@@ -1,11 +1,11 @@
 """Losses of trained models by the length of their context and by document, forward and backward.
 
     python eval_context.py results/demo                      # every finished run of a study
-    python eval_context.py results/demo/4x128_... --windows 64      # context.csv only, from 64 windows
+    python eval_context.py results/demo/4x128_... --windows 64      # from 64 windows, into context_64windows.csv
     python eval_context.py results/mine --data wikitext      # another text with the same tokenizer: context_wikitext.csv
 
 context.csv, columns direction, context, tokens, loss. For context = 16, 32, ... max_seq_len the text is cut into
-disjoint windows of so many tokens, and the model sees nothing else: fw predicts a token from those before it in its
+disjoint windows of this length, and the model sees nothing else: fw predicts a token from those before it in its
 window, 0 to context - 1 of them, bw from those after it. loss is the mean over all tokens of all windows.
 - Why windows, and not tokens with exactly so much context: both directions then predict the same tokens, and by the
   chain rule the same probability, that of each window. A difference between fw and bw is one between models, not

@@ -13,8 +13,8 @@ whose documents go on about X after naming Y, is refused). Each question can be 
 
 reversal.csv, a row per direction, question and orders (in how many orders the text states these pairs, 1 or 2), with
     stated   1: the text holds the sentences asked by; 0: it holds none of them (fw, teacher, 1 and bw, pupil, 1)
-    pairs    how many are asked. Who is right for one of them is a candidate for all: names that never stand in this place
-             for another reason than the pair are not told apart by it
+    pairs    how many are asked. The candidates are the right answers of all of them, so that no name can be ruled out just
+             because it never stands in this place
     acc      share of right answers; by chance 1 / pairs
     auc      share of the other candidates that score below the right one; by chance 1/2
 A name is two tokens, and scored by their log-probability. With the flipped mask, which sees its targets, only fw is asked.

@@ -134,7 +134,7 @@ def dropout_instead(scope: Scope) -> dict[str, np.ndarray]:
     return dict(found[key] for key in sorted(found))
 
 
-def whole_over_one_block(scope: Scope) -> dict[str, np.ndarray]:
+def whole_over_one_layer(scope: Scope) -> dict[str, np.ndarray]:
     return _cuts(scope, ratio2(scope.study, scope.variant), lambda logs: logs[:, -1] - logs[:, 0])
 
 

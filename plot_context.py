@@ -63,7 +63,7 @@ def _context_figure(study: Study, cell: Cell, table: str, panels: list[list], op
         _gap_panel(axes[0, k], lines, table, {} if k else ARROW_OF_TIME)
         axes[0, k].set_title(title, fontsize=9, loc="left")
     runs = [run for lines in panels for _, _, pairs in lines for pair in pairs for run in pair]
-    caption = "The text is cut into windows of so many tokens; fw and bw predict the same tokens from what lies before or behind them in the window. "
+    caption = "The text is cut into windows of this length; fw and bw predict the same tokens from what lies before or behind them in the window. "
     caption += "Gap: (bw loss - fw loss) / fw loss. Thin: each seed; thick: mean with its 95 % t-interval over seeds, of the log-ratio. "
     caption += "These models were trained on windows of up to {:,} tokens. ".format(max(run["max_seq_len"] for run in runs))
     caption += "An axis that reaches far is linear up to 1 %, logarithmic beyond. "
@@ -99,6 +99,6 @@ def _gap_panel(ax, lines: list, table: str, published: dict[str, dict[int, float
     ax.set_xscale("log", base=2)
     ax.set_xticks(sorted(seen), sorted(seen))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_xlabel("context: window of so many tokens", fontsize=8)
+    ax.set_xlabel("context length, tokens", fontsize=8)
     ax.set_ylabel("bw loss above fw loss, %", fontsize=8)
     label_ends(ax, labels)

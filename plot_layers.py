@@ -87,7 +87,7 @@ def layers_cut(study: Study, options: Options = Options()) -> list[Path]:
 
 
 def layers_drop(study: Study, options: Options = Options()) -> list[Path]:
-    """fw and bw metric with one block left out, over that block's index, minus the whole model's; a panel per size."""
+    """fw and bw metric with one layer left out, over that layer's index, minus the whole model's; a panel per size."""
     return _layer_lines(study, options, "drop")
 
 
@@ -106,10 +106,10 @@ def _layer_lines(study: Study, options: Options, kind: str) -> list[Path]:
         for ax, (cell, by) in zip(axes, shown.items()):
             _layer_panel(ax, cell, by, kind, metric, options.log, variant_colours(study))
         runs = [run for by in shown.values() for found in by.values() for run in found]
-        what = "Blocks removed from the back; final norm and head stay." if kind == "cut" else \
-            f"One block left out: {METRIC_LABELS[metric]} minus that of the whole model."
+        what = "Layers removed from the back; final norm and head stay." if kind == "cut" else \
+            f"One layer left out: {METRIC_LABELS[metric]} minus that of the whole model."
         caption = f"{what} Solid: fw, dashed: bw; thin: each seed, thick: mean. Untrained directions are not shown. "
-        title = {"cut": "over layers remaining", "drop": "with one block left out"}[kind]
+        title = {"cut": "over layers remaining", "drop": "with one layer left out"}[kind]
         title = f"Validation {METRIC_LABELS[metric]} {title}, {study.heading(group)}"
         name = f"layers_{kind}_{metric}" + options.tag("log")
         paths.append(save(study, figure, group, name, title, caption + describe(runs) + "."))
@@ -130,7 +130,7 @@ def _layer_panel(ax, cell: Cell, by: dict, kind: str, metric: str, log: bool, co
             labels.append((lines.mean(0)[-1], f"{direction}, {variant.label}", colours[variant]))
     if kind == "drop":
         ax.axhline(0, color="0.5", linewidth=1)
-        if log:  # a block may also do harm: negative values keep their place
+        if log:  # a layer may also do harm: negative values keep their place
             ax.set_yscale("symlog", linthresh=0.1)
     elif log or metric == "ppl":
         ax.set_yscale("log")

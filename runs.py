@@ -236,7 +236,7 @@ def no_study(folder: Path) -> RunError:
     """What to say where a study was expected."""
     if (folder / "config.json").exists():
         return RunError(f"{folder} is one run: name its study, {folder.parent}")
-    return RunError(f"{folder} {'holds no runs' if folder.is_dir() else 'is not there'}: train some with python train.py --study {folder}")
+    return RunError(f"{folder} {'holds no runs' if folder.is_dir() else 'does not exist'}: train some with python train.py --study {folder}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

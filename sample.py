@@ -77,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"--{name} must be at least {low}, got {getattr(args, name)}")
     path = args.run if args.run.suffix == ".safetensors" else args.run / "model.safetensors"
     if not path.exists():
+        if inside := sorted(args.run.glob("*/model.safetensors")):
+            raise SystemExit(f"{args.run} is a study: name one of its runs, such as {inside[0].parent}")
         raise SystemExit(f"{path} does not exist: give a finished run's folder (python train.py makes one; the repository keeps no weights)")
     try:
         tune(args.device)

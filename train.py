@@ -112,8 +112,8 @@ class Training:
         """Adds the gradients of `share` times the loss of windows (B, L+1); returns (loss, share of hits) as (2,).
 
         In pieces of `physical_tokens`, by several processes, always with the whole pass's token counts and denominator,
-        so that it makes no difference. Loss, hits and gradients are this process's part. On CUDA a pass is recorded (graphs.py):
-        what it takes from Python instead of from tensors stays what it was then, but for direction and shape. `--compile off` records nothing.
+        so that it makes no difference. Loss, hits and gradients are this process's part. On CUDA a pass is recorded (graphs.py) for
+        each direction and shape: any other Python number in it stays what it was then. `--compile off` records nothing.
         """
         s, vocab_size = self.settings, self.model.config.vocab_size
         inputs, targets = frame(windows, direction, vocab_size, s.direction_tokens)

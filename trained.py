@@ -73,7 +73,7 @@ def open_trained(run: Run, device: str, data: str | None = None) -> Trained:
 
 
 def finished(folders: Iterable[str | Path], tell=print) -> list[Run]:
-    """The finished runs among these runs and studies; the others are named to `tell`. RunError where there are none."""
+    """The finished runs among these runs and studies; the others are named to `tell`. RunError where there is no run at all."""
     found = [run for folder in map(Path, folders)
              for run in ([read_run(folder)] if (folder / "config.json").exists() else read_study(folder))]  # fmt: skip
     for run in found:
@@ -85,15 +85,15 @@ def finished(folders: Iterable[str | Path], tell=print) -> list[Run]:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every script that measures trained models."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--batch_tokens", type=positive, default=2**14, help="validation tokens computed at once; lower it for a small card")
+    parser.add_argument("--batch_tokens", type=positive, default=2**14, help="validation tokens computed at once; lower it for a small GPU")
 
 
 def add_run_flags(parser: argparse.ArgumentParser, windows: bool = True) -> None:
     """The flags of the scripts that write tables into runs' folders."""
     parser.add_argument("folders", nargs="+", type=Path, help="runs, or studies (folders of runs)")
     if windows:
-        parser.add_argument("--windows", type=positive, help="measure on so many windows, spread over the validation split, into tables of their own")
-    parser.add_argument("--again", action="store_true", help="also what was measured before")
+        parser.add_argument("--windows", type=positive, help="measure N windows spread evenly over the validation split, into separate tables", metavar="N")
+    parser.add_argument("--again", action="store_true", help="measure again what has a table")
     add_flags(parser)
 
 

@@ -21,7 +21,7 @@ from cells import Group, Study, Variant, choose
 from compare import bw_against_bw_only, bw_passes, corrected, log_ratios, ratio1, ratio2, share_of_the_way
 from measures import (
     Measure, Scope, at_the_end, barrier, below_floor, bw_over_floor, dropout_instead, end_over_first_epoch, gap_growth_with_context, growth,
-    growth_with_size, half_over_whole, on_repeated_text, over_right_mask, separate, whole_over_one_block,
+    growth_with_size, half_over_whole, on_repeated_text, over_right_mask, separate, whole_over_one_layer,
 )  # fmt: skip
 from published import ARROW_OF_TIME
 from report import plus_minus
@@ -113,9 +113,9 @@ def claims(variant: Variant) -> tuple[Claim, ...]:
               f"{end[0] / end[1]:.3f} (epoch 10, {middle.label})", on_repeated_text(False), 1.0),
         Claim("4 repeats", "The same at each run's best evaluation", none, on_repeated_text(True), 1.0),
         Claim("4 repeats", "Control: dropout instead of bw helps fw: loss without / with it above 1 (best evaluations)", none, dropout_instead, 1.0),
-        Claim("5 layers", "Ratio 2 grows with the blocks that remain: whole / one block above 1",
+        Claim("5 layers", "Ratio 2 grows with the layers that remain: whole / one layer above 1",
               f"{small.ratio2 / small.ratio2_one:.1f} ({small.label}) to {most.ratio2 / most.ratio2_one:.0f} ({most.label})",
-              whole_over_one_block, 1.0),
+              whole_over_one_layer, 1.0),
         Claim("5 layers", "Cut to half, a narrow two-direction model gains on fw only: ratio 1 (perplexity), half / whole, above 1",
               f"{min(s.ratio1_ppl_half / s.ratio1_ppl for s in narrow):.1f} to {max(s.ratio1_ppl_half / s.ratio1_ppl for s in narrow):.1f} "
               f"(width {small.width})", half_over_whole, 1.0),

@@ -185,7 +185,7 @@ class HuggingFaceBackbone(Backbone):
         self.directions = [vocabulary[token] for token in DIRECTION_TOKENS if token in vocabulary]
         self.attention, self.trusted = config._attn_implementation, set()
         if self.attention not in ATTENTIONS:
-            raise BackboneError(f"attention must be one of {', '.join(ATTENTIONS)}: {self.attention!r} takes no mask of one's own")
+            raise BackboneError(f"attention must be one of {', '.join(ATTENTIONS)}: {self.attention!r} does not accept a mask of one's own")
         self.width, self.depth = config.hidden_size, config.num_hidden_layers
         # Within its sliding window a model's local attention is plain attention, so longer sentences are refused.
         limits = (getattr(config, "max_position_embeddings", None), getattr(config, "sliding_window", None))
@@ -202,7 +202,7 @@ class HuggingFaceBackbone(Backbone):
         encoded = self.tokenizer("".join(words), return_offsets_mapping=True, add_special_tokens=not self.directions)
         pieces = [(start, end, index) for index, (start, end) in enumerate(encoded["offset_mapping"]) if end > start]
         if not pieces:
-            raise BackboneError(f"the tokenizer of {self.name} makes nothing of {''.join(words)!r}")
+            raise BackboneError(f"the tokenizer of {self.name} gives no tokens for {''.join(words)!r}")
         spans, place, position = [], 0, 0
         for word in words:
             begin = position + len(word) - len(word.lstrip())  # a token may hold the white space before its word

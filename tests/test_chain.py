@@ -1,11 +1,15 @@
 """The scripts as a user runs them, one after the other: hub data set -> tokens -> training -> cuts -> figures -> text."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 from conftest import CACHE, ROOT, SHARED
+from tiny import corpus, flags  # noqa: F401
+
+import train
 
 RAW = SHARED / "wikitext" / "wiki.valid.raw"
 
@@ -46,3 +50,14 @@ def test_from_the_hub_to_the_figures(tmp_path):
     run = next(path.parent for path in study.glob("*pbw0.5*/config.json"))
     out = script("sample.py", run, "--prompt", "the town", "--direction", "bw", "--length", 8, "--device", "cpu", **tiktoken)
     assert out.rstrip().endswith(">>the town<<")
+
+
+def test_the_readme_s_notebook_runs(corpus, tmp_path, capsys):  # noqa: F811
+    """On a study and a text of the test's own, in place of those of `make demo`."""
+    train.main(flags(corpus, tmp_path, "--steps 2 --p_bw 0 0.05 --depth 3 --max_seq_len 32"))
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    names = {}
+    exec(code.replace("results/demo", str(tmp_path)).replace("data/toyworld", str(corpus)), names)
+    width = names["model"].config.width
+    assert names["logits"].shape == (4, 32, names["model"].config.vocab_size) and names["states"].shape == (4, 32, width)
+    assert "0.05" in capsys.readouterr().out

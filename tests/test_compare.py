@@ -308,7 +308,7 @@ def test_verdicts_on_layers_context_and_merging(tmp_path):
         merge.to_csv(tmp_path / "merge.csv", mode="a", header=seed == 0, index=False)
     study = load(tmp_path)
     scope = measures.Scope(study, P5, study.groups[0])
-    (growth,), (barrier,), (cuts,) = (f(scope).values() for f in (measures.gap_growth_with_context, measures.barrier, measures.whole_over_one_block))
+    (growth,), (barrier,), (cuts,) = (f(scope).values() for f in (measures.gap_growth_with_context, measures.barrier, measures.whole_over_one_layer))
     assert np.exp(growth) == pytest.approx([1.01**2, 1.011**2, 1.012**2])
     assert barrier == pytest.approx(np.log(1 + 0.075 / (1 + 0.001 * np.arange(3))))
     assert np.exp(cuts) == pytest.approx(1.6**-0.5)

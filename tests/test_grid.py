@@ -199,7 +199,7 @@ def test_status_counts_and_estimates(corpus, tmp_path, monkeypatch, capsys):  # 
         (tmp_path / "s" / "run").mkdir(parents=True)
         (tmp_path / "s" / "run" / "config.json").write_text("{}")
         train.main(["--status", str(tmp_path / "s" / "run")])
-    with pytest.raises(SystemExit, match="is not there: train some with"):
+    with pytest.raises(SystemExit, match="does not exist: train some with"):
         train.main(["--status", str(tmp_path / "nothing")])
     train.main(flags(corpus, tmp_path, "--steps 4 --seed 1 2"))
     monkeypatch.setattr(train.Training, "check", lambda *_: (_ for _ in ()).throw(runs.RunError("stopped")))

@@ -383,7 +383,7 @@ def test_user_errors_are_one_sentence(tmp_path, monkeypatch):
         assert "\n" not in str(stop.value)
         return str(stop.value)
 
-    assert "empty holds no runs" in message("empty") and "nowhere is not there" in message("nowhere")
+    assert "empty holds no runs" in message("empty") and "nowhere does not exist" in message("nowhere")
     assert "results/ holds no study" in message()
     folder = plant(tmp_path / "s")
     assert "none of these seeds" in message("s", "--seeds", "5")
