@@ -44,12 +44,11 @@ from bench_work import Reference, flops, large_product, matrix_products
 from data.encode import tokenizer_of
 from data.prepare import main as prepare
 from data.sources import local_splits
-from data.tokens import DataError, OfflineError
 from eval_layers import ablate
-from flags import Parser
+from flags import Parser, one_sentence
 from machine import choose_machine, provenance
 from recipe import Settings, resolve
-from runs import RunError, write_json
+from runs import write_json
 from train import Training
 
 FOLDER = Path(__file__).parent / "results" / "bench"
@@ -348,13 +347,11 @@ def run(args: argparse.Namespace, command: str) -> Path:
     return path
 
 
+@one_sentence
 def main(argv: list[str] | None = None) -> Path | None:
     args = parse(argv)
-    try:
-        path = None if args.report else run(args, shlex.join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)]))
-        bench_report.write(args.out)
-    except (RunError, DataError, OfflineError, OSError) as error:
-        raise SystemExit(f"bench.py: {error}") from None
+    path = None if args.report else run(args, shlex.join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)]))
+    bench_report.write(args.out)
     return path
 
 

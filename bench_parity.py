@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 import bench_report
-from flags import Parser
+from flags import Parser, one_sentence
 from gradients import HeadLoss
 from machine import choose_machine, provenance
 from model import MASK_OF, MASKS, GPT, GPTConfig, frame
@@ -161,6 +161,7 @@ def rows_of(task: tuple[Way, tuple[int, ...], tuple[str, ...], Truth]) -> list[d
     return list(check(*task))
 
 
+@one_sentence
 def main(argv: list[str] | None = None) -> Path:
     parser = Parser(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help=f"tokens of a window (default: {' '.join(map(str, LENGTHS))})")
@@ -177,25 +178,22 @@ def main(argv: list[str] | None = None) -> Path:
     rows = []
     if args.jobs > 1:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")  # each process would start as many as there are cores
-    try:
-        device, _, _, machine = choose_machine(Settings(device=args.device))
-        path = args.out / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}_parity.json"
-        command = shlex.join(["python", "bench_parity.py", *(sys.argv[1:] if argv is None else argv)])
-        threads = max(1, torch.get_num_threads() // args.jobs)
-        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-            work = pool.map if args.jobs > 1 else map
-            plain = list(product(MASKS, args.lengths))
-            truth = dict(zip(plain, work(plain_losses, *zip(*plain), repeat(max(args.lengths)))))
-            tasks = [(way, tuple(args.lengths), (mask,), truth) for way in ways for mask in MASKS]
-            for (way, _, (mask,), _), more in zip(tasks, work(rows_of, tasks)):
-                rows += more
-                if mask == MASKS[-1]:
-                    write_json(path, provenance() | {"command": command, "machine": machine, "device": device.type, "points": [], "parity": rows})
-                    print(bench_report.parity_words(asdict(way), rows), flush=True)
-        with suppress(RunError):  # a folder without a measurement of speed has no figure
-            bench_report.write(args.out)
-    except (RunError, OSError) as error:
-        raise SystemExit(f"bench_parity.py: {error}") from None
+    device, _, _, machine = choose_machine(Settings(device=args.device))
+    path = args.out / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}_parity.json"
+    command = shlex.join(["python", "bench_parity.py", *(sys.argv[1:] if argv is None else argv)])
+    threads = max(1, torch.get_num_threads() // args.jobs)
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        work = pool.map if args.jobs > 1 else map
+        plain = list(product(MASKS, args.lengths))
+        truth = dict(zip(plain, work(plain_losses, *zip(*plain), repeat(max(args.lengths)))))
+        tasks = [(way, tuple(args.lengths), (mask,), truth) for way in ways for mask in MASKS]
+        for (way, _, (mask,), _), more in zip(tasks, work(rows_of, tasks)):
+            rows += more
+            if mask == MASKS[-1]:
+                write_json(path, provenance() | {"command": command, "machine": machine, "device": device.type, "points": [], "parity": rows})
+                print(bench_report.parity_words(asdict(way), rows), flush=True)
+    with suppress(RunError):  # a folder without a measurement of speed has no figure
+        bench_report.write(args.out)
     return path
 
 

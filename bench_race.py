@@ -34,8 +34,8 @@ import torch.nn.functional as F
 import bench_report
 from bench_peers import hlb_module
 from bench_work import bf16_attention
-from data.tokens import DataError, OfflineError, find_folder, open_tokens, validation_windows
-from flags import Parser
+from data.tokens import find_folder, open_tokens, validation_windows
+from flags import Parser, one_sentence
 from machine import choose_machine, provenance
 from model import GPT, padded_vocab_size
 from recipe import Recipe, Settings, resolve, shape
@@ -144,14 +144,12 @@ def run(args: argparse.Namespace, command: str) -> Path:
     return path
 
 
+@one_sentence
 def main(argv: list[str] | None = None) -> Path:
     args = parse(argv)
-    try:
-        path = run(args, shlex.join(["python", "bench_race.py", *(sys.argv[1:] if argv is None else argv)]))
-        with suppress(RunError):  # a folder of races alone has no figure
-            bench_report.write(args.out)
-    except (RunError, DataError, OfflineError, OSError) as error:
-        raise SystemExit(f"bench_race.py: {error}") from None
+    path = run(args, shlex.join(["python", "bench_race.py", *(sys.argv[1:] if argv is None else argv)]))
+    with suppress(RunError):  # a folder of races alone has no figure
+        bench_report.write(args.out)
     return path
 
 

@@ -22,6 +22,7 @@ from typing import NamedTuple, Sequence
 import numpy as np
 import pandas as pd
 
+from flags import UserError
 from runs import Run, RunError, read_study
 
 # Settings that older runs do not have, and what those runs did.
@@ -36,7 +37,7 @@ IGNORED_SETTINGS = (
 BUDGETS = {"tokens": "tokens_total", "fw_tokens": "tokens_fw", "steps": "step", "seconds": "seconds"}
 
 
-class StudyError(ValueError):
+class StudyError(UserError, ValueError):
     """A study that cannot be compared; the message is one sentence for the user."""
 
 

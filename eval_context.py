@@ -32,9 +32,8 @@ from tqdm import tqdm
 
 import runs
 from data.tokens import DataError, Tokens
-from flags import Parser
-from model import GPT, ModelError, frame
-from runs import RunError
+from flags import Parser, one_sentence
+from model import GPT, frame
 from trained import Trained, add_run_flags, finished, open_trained
 
 SHORTEST = 16
@@ -103,16 +102,14 @@ def evaluate_run(run: runs.Run, device: str, batch_tokens: int, data: str | None
     return str(path)
 
 
+@one_sentence
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add_run_flags(parser)
     parser.add_argument("--data", help="a token folder whose validation split is measured instead of the run's own")
     args = parser.parse_args(argv)
-    try:
-        for run in tqdm(finished(args.folders, tqdm.write), unit="run", leave=False):
-            tqdm.write(evaluate_run(run, args.device, args.batch_tokens, args.data, args.windows, args.again))
-    except (RunError, DataError, ModelError, OSError) as error:
-        raise SystemExit(str(error)) from None
+    for run in tqdm(finished(args.folders, tqdm.write), unit="run", leave=False):
+        tqdm.write(evaluate_run(run, args.device, args.batch_tokens, args.data, args.windows, args.again))
 
 
 if __name__ == "__main__":

@@ -29,10 +29,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runs
-from data.tokens import DataError, Tokens, num_scored, validation_windows
-from flags import Parser
-from model import GPT, MASK_OF, ModelError, evaluate
-from runs import RunError
+from data.tokens import Tokens, num_scored, validation_windows
+from flags import Parser, one_sentence
+from model import GPT, MASK_OF, evaluate
 from trained import add_run_flags, finished, open_trained
 
 ABLATIONS = ("cut", "drop", "block")
@@ -124,23 +123,21 @@ def evaluate_run(run: runs.Run, ablations: list[str], device: str, batch_tokens:
     return str(layers)
 
 
+@one_sentence
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add_run_flags(parser)
     parser.add_argument("--ablations", nargs="+", choices=ABLATIONS, default=list(ABLATIONS))
     args = parser.parse_args(argv)
-    try:
-        for run in tqdm(finished(args.folders, tqdm.write), unit="run", leave=False):
-            possible = [ablation for ablation in args.ablations if left_out(ablation, run["depth"])]
-            wanted = possible if args.again else missing(run, possible, args.windows)
-            if wanted:
-                tqdm.write(evaluate_run(run, wanted, args.device, args.batch_tokens, args.windows))
-            elif not possible:
-                tqdm.write(f"{run.folder}: a model of depth {run['depth']} has no such layers to leave out")
-            else:
-                tqdm.write(f"{run.folder}: done before (--again measures once more)")
-    except (RunError, DataError, ModelError, OSError) as error:
-        raise SystemExit(str(error)) from None
+    for run in tqdm(finished(args.folders, tqdm.write), unit="run", leave=False):
+        possible = [ablation for ablation in args.ablations if left_out(ablation, run["depth"])]
+        wanted = possible if args.again else missing(run, possible, args.windows)
+        if wanted:
+            tqdm.write(evaluate_run(run, wanted, args.device, args.batch_tokens, args.windows))
+        elif not possible:
+            tqdm.write(f"{run.folder}: a model of depth {run['depth']} has no such layers to leave out")
+        else:
+            tqdm.write(f"{run.folder}: done before (--again measures once more)")
 
 
 if __name__ == "__main__":

@@ -32,9 +32,8 @@ from tqdm import tqdm
 import runs
 from data.tokens import DataError
 from data.toyworld import Question, World, encoding, questions
-from flags import Parser
-from model import GPT, MASK_OF, ModelError
-from runs import RunError
+from flags import Parser, one_sentence
+from model import GPT, MASK_OF
 from trained import Trained, add_run_flags, finished, open_trained
 
 QUESTIONS = ("pupil", "teacher")  # who is asked for
@@ -114,15 +113,13 @@ def evaluate_run(run: runs.Run, device: str, batch_tokens: int, again: bool) -> 
     return str(path)
 
 
+@one_sentence
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add_run_flags(parser, windows=False)
     args = parser.parse_args(argv)
-    try:
-        for run in tqdm(finished(args.folders, tqdm.write), unit="run", leave=False):
-            tqdm.write(evaluate_run(run, args.device, args.batch_tokens, args.again))
-    except (RunError, DataError, ModelError, OSError) as error:
-        raise SystemExit(str(error)) from None
+    for run in tqdm(finished(args.folders, tqdm.write), unit="run", leave=False):
+        tqdm.write(evaluate_run(run, args.device, args.batch_tokens, args.again))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,37 @@
-"""Command-line flags from a dataclass of settings: names, types, ranges and help stand in one place, the dataclass."""
+"""Command-line flags from a dataclass of settings: names, types, ranges and help stand in one place, the dataclass.
+
+And how a script ends where the user has to do something first: `UserError`, `one_sentence`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import difflib
+import functools
 import itertools
 import types
 import typing
+from collections.abc import Callable
 from typing import Any
+
+
+class UserError(Exception):
+    """Something that the user can put right; the message is one sentence for them."""
+
+
+def one_sentence(main: Callable) -> Callable:
+    """A script's main that ends with that sentence, or with the one about a file that cannot be read or written, not with a traceback."""
+
+    @functools.wraps(main)
+    def ended(*args: Any, **more: Any) -> Any:
+        try:
+            return main(*args, **more)
+        except (UserError, OSError) as error:
+            raise SystemExit(str(error)) from None
+
+    return ended
+
 
 # A value on the command line that means None: "not set, the recipe decides".
 NONE = "none"

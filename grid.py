@@ -18,16 +18,18 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 import runs
 from data.tokens import DataError, find_folder, read_meta
+from flags import UserError
 from machine import Group
-from recipe import OPERATIONAL, Settings, resolve, share_done
+from recipe import OPERATIONAL, Settings, share_done
 from runs import RunError
 
 BEAT = 20.0  # seconds between two signs of life
@@ -236,20 +238,12 @@ class Grid:
         self.claim = None
 
 
-def train_all(wanted: list[Settings], train: Callable, group: Group) -> list[dict]:
-    """Calls train(settings, folder, group, claim) for run after run, and returns the last rows of all.
+def train_all(named: dict[Path, Any], train: Callable, group: Group, failed: Sequence[str] = ()) -> list[dict]:
+    """Calls train(settings, folder, group, claim) for run after run {folder: settings}, and returns the last rows of all.
 
-    One that fails does not stop the others: SystemExit with all reasons comes at the end. Where several processes train
-    a run together, the first alone looks after the folders, and `grid` and `claim` are None on the others.
+    One that fails does not stop the others: SystemExit with all reasons comes at the end, `failed` among them. Where several
+    processes train a run together, the first alone looks after the folders, and `grid` and `claim` are None on the others.
     """
-    named: dict[Path, Settings] = {}
-    failed = []
-    for settings in wanted:
-        try:
-            settings = resolve(settings)
-            named[run_folder(settings)] = settings
-        except DataError as error:
-            failed.append(str(error))
     grid = group.together(lambda: Grid(named) if group.rank == 0 else None)
     try:
         while (folder := group.together(lambda: grid.next(), first_only=True)) is not None:
@@ -257,7 +251,7 @@ def train_all(wanted: list[Settings], train: Callable, group: Group) -> list[dic
                 train(named[folder], folder, group, grid and grid.claim)
             except LostClaim as error:  # the other finishes it
                 group.say(str(error))
-            except (RuntimeError, DataError, OSError) as error:
+            except (UserError, RuntimeError, OSError) as error:
                 reason = explain(error, named[folder], group)
                 group.say(f"{folder.name} failed: {reason}" if len(named) > 1 else "")
                 if grid:
@@ -270,15 +264,16 @@ def train_all(wanted: list[Settings], train: Callable, group: Group) -> list[dic
             grid.bar.close()
     if grid is None:
         return []
-    failed += [f"{reason} ({folder.name})" if len(named) > 1 else reason for folder, reason in grid.failed.items()]
+    wanted = len(named) + len(failed)
+    failed = [*failed, *(f"{reason} ({folder.name})" if wanted > 1 else reason for folder, reason in grid.failed.items())]
     if failed:
-        raise SystemExit("\n".join([f"{len(failed)} of {len(wanted)} runs failed:", *failed] if len(wanted) > 1 else failed))
+        raise SystemExit("\n".join([f"{len(failed)} of {wanted} runs failed:", *failed] if wanted > 1 else failed))
     return [runs.read_run(folder).curve.iloc[-1].to_dict() for folder in named]
 
 
 def explain(error: Exception, settings: Settings, group: Group) -> str:
     """What went wrong, as a sentence. Raises what is nobody's fault but the program's."""
-    if isinstance(error, (RunError, DataError, OSError)):
+    if isinstance(error, (UserError, OSError)):
         return str(error)
     if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
         raise error

@@ -11,12 +11,15 @@ from __future__ import annotations
 import ctypes
 import datetime
 import gc
+import io
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +105,26 @@ def provenance() -> dict:
         "date": datetime.date.today().isoformat(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def packed(state: dict[str, Any]) -> bytes:
+    """Tensors and numbers as the content of a file, which `unpacked` reads back without executing anything."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+@contextmanager
+def unpacked(path: Path) -> Iterator[dict[str, Any]]:
+    """What `packed` made. RunError if it is damaged, or fails to be restored in the block."""
+    try:
+        if zipfile.ZipFile(path).testzip() is not None:  # torch.load does not look at the checksums
+            raise ValueError("checksum")
+        yield torch.load(path, map_location="cpu", weights_only=True)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # no fault of the file
+        raise
+    except Exception as error:  # a damaged archive fails in many ways, none of which the user can act on differently
+        raise RunError(f"{path} is damaged ({type(error).__name__}): delete it to train this run from its start") from None
 
 
 class Group:

@@ -18,9 +18,8 @@ import torch
 from tqdm import tqdm
 
 import runs
-from data.tokens import DataError
-from flags import Parser
-from model import GPT, ModelError, evaluate
+from flags import Parser, one_sentence
+from model import GPT, evaluate
 from recipe import OPERATIONAL
 from runs import RunError
 from trained import Trained, add_flags, finished, open_trained
@@ -72,6 +71,7 @@ def pairs(study: Path, p_bw: tuple[float, float]) -> list[tuple[Path, Path]]:
     return [(found[p_bw[0]], found[p_bw[1]]) for found in alike.values() if len(found) == 2]
 
 
+@one_sentence
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="two runs, or a study")
@@ -81,21 +81,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.points < 2:
         parser.error("--points must be at least 2")
-    try:
-        if len(args.folders) == 2:
-            chosen = [tuple(args.folders)]
-        elif len(args.folders) > 2 or (args.folders[0] / "config.json").exists():
-            parser.error("name two runs, or one study")
-        elif not (chosen := pairs(args.folders[0], tuple(args.p_bw))):
-            raise RunError("{} has no two finished runs that differ in p_bw = {:g} and {:g} alone".format(args.folders[0], *args.p_bw))
-        for pair in chosen:
-            path = merge(*pair, args.points, args.device, args.batch_tokens)
-            print(f"{pair[0].name} to {pair[1].name}")
-            for row in runs.read_table(path, runs.MERGE_COLUMNS).tail(args.points).itertuples():
-                print(f"{row.weight:6.2f}   fw {row.fw_loss:.4f}   bw {row.bw_loss:.4f}")
-        print(path)
-    except (RunError, DataError, ModelError, OSError) as error:
-        raise SystemExit(str(error)) from None
+    if len(args.folders) == 2:
+        chosen = [tuple(args.folders)]
+    elif len(args.folders) > 2 or (args.folders[0] / "config.json").exists():
+        parser.error("name two runs, or one study")
+    elif not (chosen := pairs(args.folders[0], tuple(args.p_bw))):
+        raise RunError("{} has no two finished runs that differ in p_bw = {:g} and {:g} alone".format(args.folders[0], *args.p_bw))
+    for pair in chosen:
+        path = merge(*pair, args.points, args.device, args.batch_tokens)
+        print(f"{pair[0].name} to {pair[1].name}")
+        for row in runs.read_table(path, runs.MERGE_COLUMNS).tail(args.points).itertuples():
+            print(f"{row.weight:6.2f}   fw {row.fw_loss:.4f}   bw {row.bw_loss:.4f}")
+    print(path)
 
 
 if __name__ == "__main__":

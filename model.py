@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
+from flags import UserError
 from gradients import CountedEmbedding, HeadLoss, softmax, token_counts
 
 MASKS = ("causal", "anticausal", "none", "flipped")
@@ -32,7 +33,7 @@ MASK_OF = {"fw": "causal", "bw": "anticausal"}  # the mask that belongs to a dir
 KERNEL_MASKS = ("causal", "anticausal")  # what a stock causal kernel can do, the second one by the mirror
 
 
-class ModelError(ValueError):
+class ModelError(UserError, ValueError):
     """A file that holds no model of this project; the message is one sentence for the user."""
 
 

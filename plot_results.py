@@ -21,13 +21,13 @@ from typing import Callable, Sequence
 
 import numpy as np
 
-from cells import BUDGETS, BW_ONLY, FW_ONLY, Study, StudyError, choose, load
+from cells import BUDGETS, BW_ONLY, FW_ONLY, Study, choose, load
 from compare import METRICS, ORDER_WORDS, ORDERS, average, common_grid, on_grid, ratio_curve, trajectory
 from drawing import (
     COLOURS, DASHES, METRIC_LABELS, UNITS, X_LABELS, Options, by_group, label_ends, meaning, new_figure, numbered, pick,
     plain_log_axis, runs_of, save, smoothed, variant_colours,
 )  # fmt: skip
-from flags import Parser
+from flags import Parser, one_sentence
 from plot_blocks import blocks_angle, blocks_drop, blocks_influence
 from plot_context import context
 from plot_layers import layers_cut, layers_drop, layers_drop_ratio1, layers_drop_ratio2, layers_ratio1, layers_ratio2
@@ -36,7 +36,6 @@ from plot_reversal import reversal
 from plot_sizes import bw_by_size, ratio1_by_size, ratio1_heatmap, ratio2_by_size
 from plot_tradeoff import pareto, repeats
 from report import describe, floor_of, short, summary
-from runs import RunError
 from stats import paired_interval
 from study_readme import write as write_readme
 
@@ -244,6 +243,7 @@ def draw(study: Study, figures: Sequence[str] = tuple(FIGURES), options: Options
     return paths
 
 
+@one_sentence
 def main(argv: list[str] | None = None) -> list[Path]:
     args = parser().parse_args(argv)
     if args.smooth < 1:
@@ -260,16 +260,13 @@ def main(argv: list[str] | None = None) -> list[Path]:
     chosen["x"] = x
     options = Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()})
     paths = []
-    try:
-        for folder in folders:
-            study = load(folder, options.seeds, options.budget)
-            if args.report:
-                print(write_readme(study, choose(study, options.p_bw, options.task)))
-            else:
-                paths += draw(study, args.figure, options)
-                print(f"\n{summary(study)}")
-    except (StudyError, RunError, OSError) as error:
-        raise SystemExit(f"plot_results.py: {error}") from None
+    for folder in folders:
+        study = load(folder, options.seeds, options.budget)
+        if args.report:
+            print(write_readme(study, choose(study, options.p_bw, options.task)))
+        else:
+            paths += draw(study, args.figure, options)
+            print(f"\n{summary(study)}")
     return paths
 
 

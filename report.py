@@ -146,13 +146,17 @@ def _ratio_lines(study: Study, cell: Cell, variant: Variant) -> list[str]:
     lines = []
     one, two, enough = ratio1(study, variant), ratio2(study, variant), bw_against_bw_only(study, variant)
     p = p_value(*corrected(one).get(cell, (np.nan, 0)))
-    for name, ratios, meaning in (
-        ("ratio 1", one, f"fw loss, p_bw = 0 / {variant.label} (above 1: bw helped fw){', ' * bool(p) + p}"),
-        ("ratio 2", two, f"fw loss / bw loss, {variant.label}"),
-        ("bw / bw only", enough, f"bw loss, {variant.label} / bw only (1: learned as well)"),
+    better = "bw sees its targets" if cell.group.bw_mask == "flipped" else "bw is learned better than fw"
+    for name, ratios, meaning, above, below in (
+        ("ratio 1", one, f"fw loss, p_bw = 0 / {variant.label}{', ' * bool(p) + p}", "bw helped fw", "learning bw cost fw"),
+        ("ratio 2", two, f"fw loss / bw loss, {variant.label}", better, "bw is learned less well than fw"),
+        ("bw / bw only", enough, f"bw loss, {variant.label} / bw only", "learned less well than alone", "learned better than alone"),
     ):
         if cell in ratios:
-            lines += [f"    {name} {interval(log_ratios(ratios[cell]), 3)}    {meaning}"]
+            logs = log_ratios(ratios[cell])
+            _, low, high = paired_interval(logs)
+            verdict = above if low > 1 else below if high < 1 else f"undecided with {len(logs)} seed{'s' * (len(logs) > 1)}"
+            lines += [f"    {name} {interval(logs, 3)}    {meaning}: {verdict}"]
             over = documents(ratios[cell])
             lines += [f"        validation documents resampled, one pair each: {over}"] if over else []
     return lines

@@ -29,6 +29,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from flags import UserError
+
 CURVE_COLUMNS = (
     "step", "epoch", "tokens_total", "tokens_fw", "tokens_bw", "seconds", "train_loss", "train_acc",
     "fw_loss", "fw_acc", "fw_ppl", "bw_loss", "bw_acc", "bw_ppl", "tokens_unique", "lr", "weight_decay",
@@ -49,7 +51,7 @@ KEYS = (  # a table that has these columns has one row for each of their values
 )  # fmt: skip
 
 
-class RunError(RuntimeError):
+class RunError(UserError, RuntimeError):
     """A run's folder that cannot be used; the message is one sentence for the user."""
 
 

@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.tokens import DataError, OfflineError, load_tokenizer
-from flags import Parser
+from data.tokens import DataError, load_tokenizer
+from flags import Parser, one_sentence
 from machine import tune
-from model import GPT, ModelError, load_model
-from runs import RunError
+from model import GPT, load_model
 
 
 @torch.no_grad()
@@ -59,6 +58,7 @@ def continue_tokens(model: GPT, prompt: list[int], direction: str, length: int, 
     return tokens if direction == "fw" else tokens.flip(1)
 
 
+@one_sentence
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, help="a run's folder, or a model.safetensors")
@@ -80,19 +80,16 @@ def main(argv: list[str] | None = None) -> None:
         if inside := sorted(args.run.glob("*/model.safetensors")):
             raise SystemExit(f"{args.run} is a study: name one of its runs, such as {inside[0].parent}")
         raise SystemExit(f"{path} does not exist: give a finished run's folder (python train.py makes one; the repository keeps no weights)")
-    try:
-        tune(args.device)
-        model, metadata = load_model(path, args.device)
-        if args.tokenizer not in (None, metadata["tokenizer"]):
-            raise DataError(f"{path} was trained on {metadata['tokenizer']} tokens, not {args.tokenizer}: leave --tokenizer out")
-        if args.direction == "bw" and metadata["bw_mask"] != "anticausal":
-            raise DataError(f"{path} was trained backward with the {metadata['bw_mask']} mask: only the anticausal one can continue a text")
-        tokenizer = load_tokenizer(metadata["tokenizer"])
-        prompt = tokenizer.encode_ordinary(args.prompt)
-        texts = continue_tokens(model, prompt, args.direction, args.length, args.samples, args.temperature, args.top_k,
-                                args.seed, metadata["direction_tokens"], tokenizer.n_vocab)  # fmt: skip
-    except (DataError, ModelError, OfflineError, RunError) as error:
-        raise SystemExit(str(error)) from None
+    tune(args.device)
+    model, metadata = load_model(path, args.device)
+    if args.tokenizer not in (None, metadata["tokenizer"]):
+        raise DataError(f"{path} was trained on {metadata['tokenizer']} tokens, not {args.tokenizer}: leave --tokenizer out")
+    if args.direction == "bw" and metadata["bw_mask"] != "anticausal":
+        raise DataError(f"{path} was trained backward with the {metadata['bw_mask']} mask: only the anticausal one can continue a text")
+    tokenizer = load_tokenizer(metadata["tokenizer"])
+    prompt = tokenizer.encode_ordinary(args.prompt)
+    texts = continue_tokens(model, prompt, args.direction, args.length, args.samples, args.temperature, args.top_k,
+                            args.seed, metadata["direction_tokens"], tokenizer.n_vocab)  # fmt: skip
     for number, tokens in enumerate(texts.tolist(), 1):
         cut = len(prompt) if args.direction == "fw" else args.length
         parts = [tokenizer.decode(part) for part in (tokens[:cut], tokens[cut:])]

@@ -16,11 +16,9 @@
 from __future__ import annotations
 
 import datetime
-import io
 import math
 import sys
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,14 +28,14 @@ import torch
 from tqdm import tqdm
 
 import runs
-from data.tokens import Tokens, TrainingWindows, find_folder, open_tokens, validation_windows
-from flags import parse_grid
+from data.tokens import DataError, TrainingWindows, describe_tokens, find_folder, open_tokens, validation_windows
+from flags import one_sentence, parse_grid
 from gradients import token_counts, total_norm
 from graphs import Replay
 from grid import Claim, run_folder, status, train_all
-from machine import Group, choose_machine, provenance
+from machine import Group, choose_machine, packed, provenance, unpacked
 from model import GPT, MASK_OF, evaluate, frame, model_bytes, padded_vocab_size
-from recipe import Recipe, Settings, draw, make_optimizer, same_settings, shape, share_done
+from recipe import Recipe, Settings, draw, make_optimizer, resolve, same_settings, shape, share_done
 from runs import RunError
 
 
@@ -206,7 +204,7 @@ class Training:
 
     def check(self, row: dict[str, float | int]) -> None:
         """RunError if a validation loss is not finite, or lower than the text's entropy allows."""
-        floor, error = data_floor(self.val_tokens)
+        floor, error = self.val_tokens.floor
         for direction, mask in (("fw", MASK_OF["fw"]), ("bw", self.settings.bw_mask)):
             loss = row[f"{direction}_loss"]
             if not math.isfinite(loss):
@@ -225,25 +223,15 @@ class Training:
     def state(self) -> bytes:
         """Weights, optimiser and position, for `restore`; read back without executing anything."""
         self.tick()
-        content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                   "windows": self.windows.state(), "progress": asdict(self.progress), "rows": self.rows}  # fmt: skip
-        file = io.BytesIO()
-        torch.save(content, file)
-        return file.getvalue()
+        return packed({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                       "windows": self.windows.state(), "progress": asdict(self.progress), "rows": self.rows})  # fmt: skip
 
     def restore(self, path: Path) -> None:
-        try:
-            if zipfile.ZipFile(path).testzip() is not None:  # torch.load does not look at the checksums
-                raise ValueError("checksum")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with unpacked(path) as content:
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
             self.windows.restore(content["windows"])
             self.progress = Progress(**content["progress"])
-        except (torch.OutOfMemoryError, torch.AcceleratorError):  # no fault of the file
-            raise
-        except Exception as error:  # a damaged archive fails in many ways, none of which the user can act on differently
-            raise RunError(f"{path} is damaged ({type(error).__name__}): delete it to train this run from its start") from None
         # Older versions saved no rows; their table may have one that the state has still to reach.
         rows = content["rows"] if "rows" in content else runs.read_rows(path.parent / "curve.csv", runs.CURVE_COLUMNS)
         self.rows = [row for row in rows if int(row["step"]) < self.progress.step]
@@ -254,23 +242,13 @@ class Training:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def data_floor(tokens: Tokens) -> tuple[float | None, float]:
-    """The lowest loss possible on these tokens and its standard error, in nats per token, where that is known."""
-    world = tokens.meta.get("toyworld")
-    return (world["val_nll"], world["val_nll_se"]) if world else (None, 0.0)
-
-
 def describe(training: Training, machine: str) -> dict:
     """config.json: all that is needed to know what was run."""
-    meta, (floor, error) = training.train_tokens.meta, data_floor(training.val_tokens)
     return {
         "name": run_folder(training.settings).name,
         "settings": asdict(training.settings),
         "params": training.model.num_params(),
-        "data": {
-            "name": meta["name"], "tokenizer": meta["tokenizer"], "train_tokens": len(training.train_tokens), "val_tokens": len(training.val_tokens),
-            "sha256": {split: meta["splits"][split]["sha256"] for split in ("train", "val")}, "floor": floor, "floor_se": error,
-        },
+        "data": describe_tokens(training.train_tokens, training.val_tokens),
         "device": machine, "dtype": str(training.model.head.dtype)[6:],
         **provenance(),
     }  # fmt: skip
@@ -382,6 +360,7 @@ def advance(training: Training, bar: tqdm) -> None:
             return
 
 
+@one_sentence
 def main(argv: list[str] | None = None) -> list[dict]:
     """Trains every run that the flags name, unless another process does; returns their last rows."""
     argv = sys.argv[1:] if argv is None else argv
@@ -389,9 +368,14 @@ def main(argv: list[str] | None = None) -> list[dict]:
         if argv[:1] == ["--status"]:
             print(*(status(study) for study in argv[1:] or [Settings().study]), sep="\n\n")
             return []
-        return train_all(parse_grid(Settings, __doc__, argv), train, Group())
-    except (RunError, OSError) as error:
-        raise SystemExit(str(error)) from None
+        named, failed = {}, []
+        for settings in parse_grid(Settings, __doc__, argv):
+            try:
+                settings = resolve(settings)
+                named[run_folder(settings)] = settings
+            except DataError as error:
+                failed.append(str(error))
+        return train_all(named, train, Group(), failed)
     except KeyboardInterrupt:
         raise SystemExit("interrupted: the same command goes on with what is not finished") from None
 

@@ -30,8 +30,8 @@ if not __package__:                         # run as a script: the project's roo
 
 from data.encode import workers, write_tokens  # noqa: E402
 from data.sources import local_splits, read_hub  # noqa: E402
-from data.tokens import FEWEST, DataError, OfflineError, check_out, load_tokenizer, replaced_folder  # noqa: E402
-from flags import Parser  # noqa: E402
+from data.tokens import FEWEST, DataError, check_out, load_tokenizer, replaced_folder  # noqa: E402
+from flags import Parser, one_sentence  # noqa: E402
 
 HUB = {"wikitext-103": "wikitext-103-raw-v1", "wikitext-2": "wikitext-2-raw-v1"}       # our name -> configuration
 HUB_SPLITS = {"train": "train", "val": "validation"}
@@ -153,14 +153,13 @@ def run(args: argparse.Namespace, command: str) -> dict:
     return meta
 
 
+@one_sentence
 def main(argv: list[str] | None = None) -> dict:
     """Prepare as the command line says. Returns the contents of meta.json."""
     args = parse(argv)
     command = "python data/prepare.py " + shlex.join(sys.argv[1:] if argv is None else argv)
     try:
         return run(args, command)
-    except (DataError, OfflineError, OSError) as error:
-        raise SystemExit(f"prepare.py: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("prepare.py: interrupted; nothing was written") from None
 

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flags import UserError
+
 if TYPE_CHECKING:
     import tiktoken
 
@@ -33,11 +35,11 @@ FEWEST = {"train": 1, "val": 2}           # tokens that a split must have to be 
 PREPARED_BY_NAME = ("toyworld", "toyworld-facts", "wikitext-2", "wikitext-103")      # data sets that prepare.py can get by name
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Token files, text or settings that do not fit together; the message is one sentence for the user."""
 
 
-class OfflineError(RuntimeError):
+class OfflineError(UserError, RuntimeError):
     """Something had to come from the network and did not; the message says what was tried and what works instead."""
 
 
@@ -57,12 +59,25 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.data)
 
+    @property
+    def floor(self) -> tuple[float | None, float]:
+        """The lowest loss possible on a validation split and its standard error, nats per token, where that is known: of toyworld."""
+        world = self.meta.get("toyworld")
+        return (world["val_nll"], world["val_nll_se"]) if world else (None, 0.0)
+
     def first(self, count: int) -> "Tokens":
         """The same split, ended after `count` tokens. DataError if it has fewer."""
         if count > len(self):
             raise DataError(f"split {self.split!r} in {self.folder} has {len(self):,} tokens, fewer than the {count:,} "
                             f"asked for; choose fewer or a larger text")
         return Tokens(self.folder, self.split, self.data[:count], self.meta)
+
+
+def describe_tokens(train: Tokens, val: Tokens) -> dict:
+    """What config.json of a run says of its data."""
+    meta, (floor, error) = train.meta, val.floor
+    return {"name": meta["name"], "tokenizer": meta["tokenizer"], "train_tokens": len(train), "val_tokens": len(val),
+            "sha256": {split: meta["splits"][split]["sha256"] for split in ("train", "val")}, "floor": floor, "floor_se": error}
 
 
 def open_tokens(folder: str | Path, split: str, verify: bool = False) -> Tokens:

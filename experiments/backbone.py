@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.tokens import load_tokenizer
+from flags import UserError
 from gradients import token_counts
 from machine import tune
 from model import GPT, MASK_OF, load_model
@@ -29,7 +30,7 @@ ATTENTIONS = ("sdpa", "eager", "flex_attention")  # of transformers; the flash k
 DIRECTION_TOKENS = ("<|fw|>", "<|bw|>")  # what finetune.py adds to a Hugging Face model's vocabulary
 
 
-class BackboneError(ValueError):
+class BackboneError(UserError, ValueError):
     """A model that cannot be loaded, or cannot do what is asked; the message is one sentence for the user."""
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import runs
 from experiments.backbone import Backbone, BackboneError, OwnBackbone, load_backbone, pad
+from flags import UserError
 from model import model_bytes
 
 POOLINGS = ("mean", "weighted_mean", "last", "first")
@@ -27,7 +28,7 @@ POOLINGS = ("mean", "weighted_mean", "last", "first")
 PLACES = {"own": "model.safetensors", "hugging face": "", "hugging face, apart": "model"}
 
 
-class EncoderError(ValueError):
+class EncoderError(UserError, ValueError):
     """A text, folder or setting that does not fit; the message is one sentence for the user."""
 
 

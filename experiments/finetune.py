@@ -17,11 +17,9 @@
 from __future__ import annotations
 
 import datetime
-import io
 import math
 import sys
 import time
-import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -35,18 +33,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runs
-from data.tokens import DataError, OfflineError, Tokens, TrainingWindows, find_folder, open_tokens, validation_windows
+from data.tokens import DataError, Tokens, TrainingWindows, describe_tokens, find_folder, open_tokens, validation_windows
 from eval_layers import ABLATIONS, Similarity, ablate
 from experiments.backbone import ATTENTIONS, BackboneError
 from experiments.finetune_data import check_tokens
 from experiments.finetune_model import TwoWayModel, describe_model
-from flags import Option, parse_grid
-from grid import Claim, Grid, LostClaim
-from machine import choose_machine, provenance
+from flags import Option, one_sentence, parse_grid
+from grid import Claim, train_all
+from machine import Group, choose_machine, packed, provenance, unpacked
 from model import evaluate
 from recipe import draw, share_done
 from runs import RunError
-from train import data_floor
 
 
 @dataclass(frozen=True)
@@ -208,27 +205,17 @@ class Tuning:
 
     def state(self) -> bytes:
         """What is trained, optimiser and position, for `restore`; read back without executing anything."""
-        content = {"trained": {name: p.detach() for name, p in self.model.trained().items()}, "optimizer": self.optimizer.state_dict(),
-                   "windows": self.windows.state(), "progress": asdict(self.progress), "rows": self.rows}  # fmt: skip
-        file = io.BytesIO()
-        torch.save(content, file)
-        return file.getvalue()
+        return packed({"trained": {name: p.detach() for name, p in self.model.trained().items()}, "optimizer": self.optimizer.state_dict(),
+                       "windows": self.windows.state(), "progress": asdict(self.progress), "rows": self.rows})  # fmt: skip
 
     @torch.no_grad()
     def restore(self, path: Path) -> None:
-        try:
-            if zipfile.ZipFile(path).testzip() is not None:
-                raise ValueError("checksum")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with unpacked(path) as content:
             for name, parameter in self.model.trained().items():
                 parameter.copy_(content["trained"][name])
             self.optimizer.load_state_dict(content["optimizer"])
             self.windows.restore(content["windows"])
             self.progress, self.rows = Progress(**content["progress"]), content["rows"]
-        except (torch.OutOfMemoryError, torch.AcceleratorError):  # no fault of the file
-            raise
-        except Exception as error:  # a damaged archive fails in many ways, none of which the user can act on differently
-            raise RunError(f"{path} is damaged ({type(error).__name__}): delete it to train this run from its start") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,7 +225,7 @@ class Tuning:
 
 def describe(tuning: Tuning, folder: Path, machine: str) -> dict:
     """config.json."""
-    meta, about_code, (floor, floor_se) = tuning.train_tokens.meta, provenance(), data_floor(tuning.val_tokens)
+    about_code = provenance()
     about_code["versions"] |= {name: version(name) for name in ("transformers", "peft")}
     about_code["command"] = f"experiments/{about_code['command']}"
     return {
@@ -246,10 +233,7 @@ def describe(tuning: Tuning, folder: Path, machine: str) -> dict:
         "settings": full_settings(tuning.settings),
         "params": tuning.model.params,
         "params_trained": sum(p.numel() for p in tuning.model.trained().values()),
-        "data": {
-            "name": meta["name"], "tokenizer": meta["tokenizer"], "train_tokens": len(tuning.train_tokens), "val_tokens": len(tuning.val_tokens),
-            "sha256": {split: meta["splits"][split]["sha256"] for split in ("train", "val")}, "floor": floor, "floor_se": floor_se,
-        },
+        "data": describe_tokens(tuning.train_tokens, tuning.val_tokens),
         "device": machine,
         **about_code,
     }  # fmt: skip
@@ -322,32 +306,12 @@ def tune_all(wanted: list[Settings]) -> None:
             raise DataError("--model and --data are needed: a Hugging Face causal LM, and a folder of its tokens (--help says how)")
         if all(value is None for value in (settings.epochs, settings.tokens, settings.tokens_fw, settings.steps)):
             raise DataError("no end is set: give --epochs, --tokens, --tokens_fw or --steps")
-    named = {run_folder(settings): settings for settings in wanted}
-    grid = Grid(named)
-    try:
-        while (folder := grid.next()) is not None:
-            try:
-                tune(named[folder], folder, grid.claim)
-            except LostClaim as error:  # the other finishes it
-                tqdm.write(str(error))
-            except torch.OutOfMemoryError:
-                grid.fail(folder, f"out of memory: set --physical_tokens, or lower it (now {named[folder].physical_tokens}); results do not change")
-            except (RunError, BackboneError, DataError, OfflineError, OSError) as error:
-                grid.fail(folder, str(error))
-            finally:
-                grid.close()
-    finally:
-        grid.bar.close()
-    if grid.failed:
-        raise SystemExit("\n".join(f"{reason} ({folder.name})" if len(named) > 1 else reason for folder, reason in grid.failed.items()))
+    train_all({run_folder(settings): settings for settings in wanted}, lambda settings, folder, _, claim: tune(settings, folder, claim), Group())
 
 
+@one_sentence
 def main(argv: list[str] | None = None) -> None:
-    wanted = parse_grid(Settings, __doc__, argv)
-    try:
-        tune_all(wanted)
-    except (RunError, BackboneError, DataError, OfflineError, OSError) as error:
-        raise SystemExit(str(error)) from None
+    tune_all(parse_grid(Settings, __doc__, argv))
 
 
 if __name__ == "__main__":

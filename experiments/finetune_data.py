@@ -26,9 +26,9 @@ import numpy as np
 
 from data.encode import Document
 from data.sources import local_splits
-from data.tokens import DTYPES, FEWEST, DataError, OfflineError, check_out, load_tokenizer, replaced_folder
+from data.tokens import DTYPES, FEWEST, DataError, check_out, load_tokenizer, replaced_folder
 from experiments.backbone import BackboneError, find_hugging_face, open_tokenizer
-from flags import Parser
+from flags import Parser, one_sentence
 
 # Two tokenizers that agree on this agree, for all that is likely, on everything: several scripts, numbers, white space.
 PROBE = ("The 1,984 naïve cafés' façades weren't re-opened;  in Zürich, Ελλάδα and 東京 they'd cost $12.50\n\n"
@@ -101,6 +101,7 @@ def prepare(source: str, tokenizer, name: str, out: Path, text_field: str = "tex
     return meta
 
 
+@one_sentence
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("source", help="a file or folder of text")
@@ -114,13 +115,10 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 < args.val_fraction < 1:
         parser.error(f"--val-fraction must lie between 0 and 1, not {args.val_fraction}")
     command = "python experiments/finetune_data.py " + shlex.join(sys.argv[1:] if argv is None else argv)
-    try:
-        tokenizer = open_tokenizer(find_hugging_face(args.model))
-        if tokenizer is None:
-            raise BackboneError(f"{args.model} has no fast tokenizer: add its tokenizer.json")
-        meta = prepare(args.source, tokenizer, args.model, args.out, args.text_field, args.val_fraction, command)
-    except (BackboneError, DataError, OfflineError, OSError) as error:
-        raise SystemExit(str(error)) from None
+    tokenizer = open_tokenizer(find_hugging_face(args.model))
+    if tokenizer is None:
+        raise BackboneError(f"{args.model} has no fast tokenizer: add its tokenizer.json")
+    meta = prepare(args.source, tokenizer, args.model, args.out, args.text_field, args.val_fraction, command)
     for split, entry in meta["splits"].items():
         print(f"{args.out / entry['file']}: {entry['tokens']:,} tokens, {entry['documents']:,} document(s)")
     print(f"next: python experiments/finetune.py --model {args.model} --data {args.out}")

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from drawing import COLOURS, DASHES, new_figure, write_png
-from flags import Parser
+from flags import Parser, one_sentence
 from runs import RUN_NAME, RunError, trained_on
 from stats import holm, mean_interval, paired_p, seeds_needed
 
@@ -246,14 +246,12 @@ def limit(ax, drawn: dict[str, list[tuple[float, float, float]]]) -> None:
         ax.annotate(f"{BW_ONLY} {y:.3g} {arrow}", (x, edge), xycoords=("data", "axes fraction"), fontsize=7.5, ha="center", va=side)
 
 
+@one_sentence
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("scores", nargs="?", type=Path, default=Path("results/text-encoder/scores.csv"))
     args = parser.parse_args(argv)
-    try:
-        table = read_scores(args.scores)
-    except RunError as error:
-        raise SystemExit(str(error)) from None
+    table = read_scores(args.scores)
     print(markdown(table))
     draw(table, args.scores.with_suffix(".png"))
     draw(table, args.scores.with_name(f"{args.scores.stem}_differences.png"), differ=True)

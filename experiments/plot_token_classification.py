@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from drawing import COLOURS, DASHES, new_figure, write_png
-from flags import Parser
+from flags import Parser, one_sentence
 from runs import RUN_NAME, RunError, trained_on
 from stats import mean_interval
 
@@ -233,14 +233,12 @@ def draw_few_shot(sampled: pd.DataFrame, path: Path) -> None:
     write_png(figure, path)
 
 
+@one_sentence
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("scores", nargs="?", type=Path, default=Path("results/token-classification/scores.csv"))
     args = parser.parse_args(argv)
-    try:
-        table = read_scores(args.scores)
-    except RunError as error:
-        raise SystemExit(str(error)) from None
+    table = read_scores(args.scores)
     whole, sampled = table[table.shots == ""], table[table.shots != ""]
     if len(whole):
         print(markdown(whole))

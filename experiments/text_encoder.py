@@ -26,12 +26,12 @@ if not __package__:
 import torch
 
 import runs
-from data.tokens import DataError, OfflineError, file_sha256, find_folder, read_meta
+from data.tokens import file_sha256, find_folder, read_meta
 from experiments import mntp, probes, simcse, tuning
-from experiments.backbone import ATTENTIONS, Backbone, BackboneError, OwnBackbone, load_backbone
+from experiments.backbone import ATTENTIONS, Backbone, OwnBackbone, load_backbone
 from experiments.encoder import POOLINGS, Encoder, EncoderError, load_encoder, save
 from experiments.tagging_data import load_task
-from flags import Option, parse_grid
+from flags import Option, one_sentence, parse_grid
 
 STAGES = ("causal", "none", "mntp", "simcse", "pairs", "mntp+simcse", "mntp+pairs", "mntp+simcse+pairs")
 
@@ -278,12 +278,10 @@ def run_grid(grid: list[Settings]) -> None:
         print(f"{number}/{len(grid)}  {label}: {row['metric']} {row['score']:.4f}", flush=True)
 
 
+@one_sentence
 def main(argv: list[str] | None = None) -> None:
     grid = parse_grid(Settings, __doc__, argv)
-    try:
-        run_grid(grid)
-    except (BackboneError, EncoderError, DataError, OfflineError, runs.RunError, OSError) as error:
-        raise SystemExit(str(error)) from None
+    run_grid(grid)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ away; toyworld-behind, its mirror image, tags the full stop with the fact that h
 from __future__ import annotations
 
 import copy
-import json
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -38,10 +37,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import runs
-from data.tokens import DataError, OfflineError
-from experiments.backbone import ATTENTIONS, Backbone, BackboneError, load_backbone, pad
+from experiments.backbone import ATTENTIONS, Backbone, load_backbone, pad
 from experiments.tagging_data import Sentence, Task, few_shot, load_task, scores, write_conll
-from flags import Option, parse_grid
+from flags import Option, UserError, one_sentence, parse_grid
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ MEASURED = ("metric", "sentences", "trained", "best_epoch", "dev", "test", "test
 COLUMNS = (*NAMED, *MEASURED)
 
 
-class TaggingError(ValueError):
+class TaggingError(UserError, ValueError):
     """Flags that do not fit together; the message is one sentence for the user."""
 
 
@@ -354,15 +352,13 @@ def run_grid(grid: list[Settings]) -> None:
               flush=True)  # fmt: skip
 
 
+@one_sentence
 def main(argv: list[str] | None = None) -> None:
     grid = parse_grid(Settings, __doc__, argv)
-    try:
-        if grid[0].load and len(grid) == 1:
-            tag_only(grid[0])
-        else:
-            run_grid(grid)
-    except (BackboneError, TaggingError, DataError, OfflineError, runs.RunError, OSError) as error:
-        raise SystemExit(str(error)) from None
+    if grid[0].load and len(grid) == 1:
+        tag_only(grid[0])
+    else:
+        run_grid(grid)
 
 
 if __name__ == "__main__":

@@ -310,6 +310,7 @@ def test_equal_bytes_whatever_the_hash_seed_and_beside_a_folder_of_the_same_name
     (tmp_path / "data").mkdir()
     for name in ("__init__.py", "tokens.py", "toyworld.py", "toyworld_facts.py"):
         shutil.copy(ROOT / "data" / name, tmp_path / "data" / name)
+    shutil.copy(ROOT / "flags.py", tmp_path)
     code = f"from data import toyworld; toyworld.write_corpus('data/toyworld', **{SMALL})"
     found = []
     for hash_seed in ("1", "2"):

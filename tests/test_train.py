@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import runs
 import train
-from data.tokens import DataError, open_tokens
+from data.tokens import DataError, Tokens, open_tokens
 from data.toyworld import write_corpus
 from recipe import Settings, resolve
 from runs import RunError
@@ -207,10 +207,10 @@ def test_stops_at_the_first_infinite_loss_and_says_where(corpus, tmp_path):
 
 
 def test_a_loss_below_the_entropy_of_the_text_is_an_alarm_but_not_for_the_leaking_mask(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "data_floor", lambda tokens: (9.0, 0.01))
+    monkeypatch.setattr(Tokens, "floor", (9.0, 0.01))
     with pytest.raises(SystemExit, match="below the entropy.*sees its targets"):
         run(corpus, tmp_path / "a", "--steps 5")
-    monkeypatch.setattr(train, "data_floor", lambda tokens: (0.0, 0.0))
+    monkeypatch.setattr(Tokens, "floor", (0.0, 0.0))
     run(corpus, tmp_path / "b", "--steps 5 --bw_mask flipped")
 
 
