@@ -34,7 +34,8 @@ IGNORED_SETTINGS = (
     "seed", "p_bw", "task", "study", "eval_every", "eval_epochs", "physical_tokens", "device", "compile", "attention", "ablations",
 )  # fmt: skip
 # What a comparison holds equal, and the column that counts it. The article's is tokens: those of both directions.
-BUDGETS = {"tokens": "tokens_total", "fw_tokens": "tokens_fw", "steps": "step", "seconds": "seconds"}
+BUDGETS = {"tokens": "tokens_total", "tokens_fw": "tokens_fw", "steps": "step", "seconds": "seconds"}
+BUDGET_WORDS = {"tokens": "total tokens (both directions)", "tokens_fw": "forward tokens", "steps": "optimiser steps", "seconds": "training seconds"}
 
 
 class StudyError(UserError, ValueError):

@@ -25,7 +25,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from PIL import Image  # comes with matplotlib
 
-from cells import BUDGETS, BW_ONLY, FW_ONLY, Group, Study, Variant, choose
+from cells import BUDGET_WORDS, BUDGETS, BW_ONLY, FW_ONLY, Group, Study, Variant, choose
 from compare import Ratios, ratio1, ratio2
 from report import short
 from runs import Run, write_atomically
@@ -70,7 +70,7 @@ class Options:
     @property
     def equal(self) -> str:
         """For captions: what the compared runs have spent alike."""
-        return {"tokens": "total tokens", "fw_tokens": "forward tokens", "steps": "optimiser steps", "seconds": "seconds"}[self.budget]
+        return BUDGET_WORDS[self.budget]
 
     def tag(self, *used: str) -> str:
         """Goes into a file's name, so that figures drawn with other flags do not replace the default ones."""

@@ -193,14 +193,14 @@ def barrier(scope: Scope) -> dict[str, np.ndarray]:
     found = {}
     for cell, by in scope.cells().items() if table is not None else ():
         pairs = {frozenset((run.name, by[scope.variant][seed].name)) for seed, run in by.get(FW_ONLY, {}).items() if seed in by.get(scope.variant, {})}
-        heights = []
+        heights = {}  # one for each pair, which may have been merged from both of its ends
         for ends, line in table.groupby(["run_a", "run_b"]):
             if frozenset(ends) in pairs:
                 line = line.sort_values("weight")
                 weights, losses = line["weight"].to_numpy(), line["fw_loss"].to_numpy()
-                heights.append(np.log(losses / np.interp(weights, weights[[0, -1]], losses[[0, -1]])).max())
+                heights[frozenset(ends)] = np.log(losses / np.interp(weights, weights[[0, -1]], losses[[0, -1]])).max()
         if heights:
-            found[cell.label] = np.array(heights)
+            found[cell.label] = np.array(list(heights.values()))
     return found
 
 

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 import runs
+from cells import LATER_SETTINGS
 from flags import Parser, one_sentence
 from model import GPT, evaluate
 from recipe import OPERATIONAL
@@ -66,7 +67,7 @@ def pairs(study: Path, p_bw: tuple[float, float]) -> list[tuple[Path, Path]]:
     alike: dict[str, dict[float, Path]] = {}
     for run in finished([study]):
         if run["task"] == "fw+bw" and run["p_bw"] in p_bw:
-            others = {name: value for name, value in run.settings.items() if name not in (*OPERATIONAL, "p_bw")}
+            others = {name: value for name, value in (LATER_SETTINGS | run.settings).items() if name not in (*OPERATIONAL, "p_bw")}
             alike.setdefault(json.dumps(others, sort_keys=True), {})[run["p_bw"]] = run.folder
     return [(found[p_bw[0]], found[p_bw[1]]) for found in alike.values() if len(found) == 2]
 

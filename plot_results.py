@@ -4,7 +4,7 @@ drawing.py; figures by size in plot_sizes.py, of p_bw and repeated text in plot_
     python plot_results.py                                # every study under results/
     python plot_results.py results/demo                   # everything its tables allow -> results/demo/figures/*.png
     python plot_results.py results/demo --figure curves ratio1_by_size --metric ppl --x tokens_total
-    python plot_results.py results/demo --budget fw_tokens         # compare at equal forward tokens; also steps, seconds
+    python plot_results.py results/demo --budget tokens_fw         # compare at equal forward tokens; also steps, seconds
     python plot_results.py results/demo --epochs 1 5 --order ratio_then_mean --seeds 100 101 --smooth 25
     python plot_results.py results/demo --report          # verdicts and tables into results/demo/README.md, no figures
 

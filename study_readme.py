@@ -16,7 +16,7 @@ from typing import Iterable
 
 import numpy as np
 
-from cells import BUDGETS, BW_ONLY, FW_ONLY, Cell, Group, Study, Variant, choose, corpus_tokens
+from cells import BUDGET_WORDS, BUDGETS, BW_ONLY, FW_ONLY, Cell, Group, Study, Variant, choose, corpus_tokens
 from compare import (
     Ratios, Term, bw_against_bw_only, corrected, final, log_ratios, lowest, paired, ratio1, ratio2, ratio2_separate,
     window_log_ratios, windows,
@@ -26,7 +26,6 @@ from report import alarms, describe, documents, floor_of, interval, markdown_tab
 from runs import MERGE_COLUMNS, Run, read_table, split_table_name
 from verdicts import ABSENT, NEEDED, verdicts
 
-BUDGET_NAMES = {"tokens": "total tokens (both directions)", "fw_tokens": "forward tokens", "steps": "optimiser steps", "seconds": "training seconds"}
 MARKS = ("<!-- report: written by python plot_results.py --report -->", "<!-- end of report -->")
 
 
@@ -84,7 +83,7 @@ def _verdicts(study: Study, variant: Variant | None) -> str:
                         [row._replace(verdict=row.verdict if row.verdict == ABSENT else f"**{row.verdict}**") for row in rows])  # fmt: skip
         parts.append(f"### {study.heading(group)}\n\n{content}" if len(found) > 1 or group != group.on_all_text() else content)
     return _section("Verdicts", *parts, f"""
-        {variant.label} against p_bw = 0, runs paired by seed, at equal {BUDGET_NAMES[study.budget]}. Ours: geometric mean over seeds. A verdict is
+        {variant.label} against p_bw = 0, runs paired by seed, at equal {BUDGET_WORDS[study.budget]}. Ours: geometric mean over seeds. A verdict is
         on the right (anticausal) mask unless the claim is about the published one, and on the size named with it: the largest with {NEEDED}
         seeds. *holds*, *does not hold*: the 95 % t-interval over at least {NEEDED} seeds lies on one side of the value in the claim. Seeds that
         would decide: if mean and spread stay as observed. The article's ratio 2 is the mean of each seed's ratio. Intervals of different claims are not corrected for each other; p-values over sizes
@@ -106,7 +105,7 @@ def _losses(study: Study) -> str:
         never trained. Ratio 1 = fw loss (p_bw = 0) / fw loss (this row), above 1: the two-direction model is the better forward model. p: paired
         t-test of ratio 1 against 1, corrected by Holm over the sizes of this table with the same p_bw. Ratio 2 = fw loss / bw loss of one model
         (of separate models: fw only / bw only). bw / bw only: 1 is learned as well as by a model that learns nothing else. Ratios: geometric
-        mean over seeds [95 % t-interval of the paired log-ratios], at equal {BUDGET_NAMES[study.budget]}.""")
+        mean over seeds [95 % t-interval of the paired log-ratios], at equal {BUDGET_WORDS[study.budget]}.""")
 
 
 def _loss_rows(study: Study, cell: Cell) -> list[list[str]]:
@@ -133,7 +132,7 @@ def _budgets(study: Study, variant: Variant | None) -> str:
     parts = []
     for group, cells in _per_group(found.values()):
         texts = {cell: [interval(log_ratios(ratios[cell])) if cell in ratios else "never equal" for ratios in found.values()] for cell in cells}
-        parts.append(_titled(study, group, markdown_table(["size", *(BUDGET_NAMES[b] for b in BUDGETS)], ([c.label, *texts[c]] for c in cells))))
+        parts.append(_titled(study, group, markdown_table(["size", *(BUDGET_WORDS[b] for b in BUDGETS)], ([c.label, *texts[c]] for c in cells))))
     if not parts:
         return ""
     return _section("Ratio 1 at equal budgets", *parts, f"""

@@ -113,7 +113,7 @@ def test_a_loss_that_depends_on_forward_tokens_alone_is_equal_at_equal_forward_t
         return in_memory(p_bw, 0, np.exp(2 - 1e-6 * share * total), tokens_total=total, tokens_fw=share * total, seconds=total)
 
     found = [run(0.0, 13, 1.0), run(0.05, 8, 0.8)]
-    for budget, log_ratio in (("fw_tokens", 0.0), ("tokens", -0.2), ("seconds", -0.2), ("steps", 0.05)):
+    for budget, log_ratio in (("tokens_fw", 0.0), ("tokens", -0.2), ("seconds", -0.2), ("steps", 0.05)):
         (terms,) = ratio1(study_of(found, budget), P5).values()
         if budget == "steps":  # the eighth evaluation of thirteen against the last of eight
             log_ratio = -(0.1 + 0.9 * 7 / 12) + 0.8
@@ -132,7 +132,7 @@ def test_repeated_text_is_compared_on_the_budget_asked_for(tmp_path, monkeypatch
         drawn[title] = {variant.p_bw: [value(run) for run in points[-1]] for (variant, _), points in lines.items()}
 
     monkeypatch.setattr("plot_tradeoff._repeats_panel", panel)
-    for budget, at_p_bw_0 in (("tokens", 2.0), ("fw_tokens", 3.0), ("seconds", 2.0)):
+    for budget, at_p_bw_0 in (("tokens", 2.0), ("tokens_fw", 3.0), ("seconds", 2.0)):
         drawn.clear()
         (path,) = plot_results.repeats(load(tmp_path), plot_results.Options(budget=budget))
         where, best = drawn

@@ -132,6 +132,10 @@ def test_documents_hold_their_own_tokens(tmp_path):
         assert [(row["document"], row["tokens"]) for row in found] == [(0, 3), (1, 1), (2, 7), (3, 28)]  # the last token is not scored
         for row, (first, stop) in zip(found, ((0, 3), (3, 4), (4, 11), (11, 39))):
             assert row["loss"] == pytest.approx(known[direction][first:stop].mean(), rel=1e-5)
+    trained.direction_tokens = False  # then fw scores all but the first token, bw all but the last two of the split
+    _, rows = eval_context.measure(trained)
+    counts = {direction: [row["tokens"] for row in rows if row["direction"] == direction] for direction in ("fw", "bw")}
+    assert counts == {"fw": [2, 1, 7, 29], "bw": [3, 1, 7, 28]}
 
 
 def test_the_script_measures_runs_on_their_own_and_on_other_text(corpus, tmp_path, capsys):  # noqa: F811

@@ -142,6 +142,9 @@ def test_the_script_measures_a_study_once(corpus, tmp_path, capsys):
     eval_layers.main([str(run.folder), "--device", "cpu", "--again", "--ablations", "cut"])
     assert sorted((run.folder / "layers.csv").read_bytes().splitlines()) == sorted(before.splitlines())
     assert len(runs.read_table(run.folder / "similarity.csv", runs.SIMILARITY_COLUMNS)) == 2 * (3 + 2 + 1)
+    rows = runs.read_rows(run.folder / "layers.csv", runs.LAYERS_COLUMNS)
+    runs.write_table(run.folder / "layers.csv", [row for row in rows if (row["ablation"], row["layer"]) != ("drop", "1")], runs.LAYERS_COLUMNS)
+    assert eval_layers.missing(run, ["cut", "drop", "block"]) == ["drop"]  # a row short
 
 
 def test_windows_go_to_tables_of_their_own(corpus, tmp_path):

@@ -72,3 +72,15 @@ def test_head_loss_of_no_tokens_and_of_certain_ones():
     hidden, weight = torch.eye(2, dtype=torch.bfloat16)[:1].requires_grad_(), torch.tensor([[7.0, 0], [0, 0]], dtype=torch.bfloat16)
     HeadLoss.apply(hidden, weight, torch.zeros(1, dtype=torch.long), 1)[0].backward()
     assert hidden.grad[0, 0].item() == pytest.approx(-7 / (1 + math.exp(7)), rel=0.02)
+
+
+def test_gradients_of_the_head_are_added_up_in_float32(monkeypatch):
+    """Over 256 chunks: in bfloat16 they would lose what is smaller than a 256th of the sum."""
+    monkeypatch.setitem(HeadLoss.CHUNK, "cpu", 16)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator).bfloat16().requires_grad_() for n in (4096, 64))
+    targets = torch.randint(0, 64, (4096,), generator=generator)
+    HeadLoss.apply(hidden, weight, targets, 4096)[0].backward()
+    truth = weight.detach().double().requires_grad_()
+    F.cross_entropy(hidden.detach().double() @ truth.T, targets).backward()
+    assert (weight.grad - truth.grad).norm() < 0.01 * truth.grad.norm()

@@ -76,8 +76,10 @@ def test_signs_of_life(tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "BEAT", 0.01)
     claim = take(tmp_path)
     os.utime(claim.path, (0, 0))
-    while claim.path.stat().st_mtime == 0:
+    deadline = time.monotonic() + 60
+    while claim.path.stat().st_mtime == 0 and time.monotonic() < deadline:
         time.sleep(0.005)
+    assert claim.path.stat().st_mtime > 0
     claim.release()
 
 
@@ -222,3 +224,26 @@ def test_status_counts_and_estimates(corpus, tmp_path, monkeypatch, capsys):  # 
         table = runs.read_table(path.parent / "curve.csv", runs.CURVE_COLUMNS).head(1).assign(step=0, tokens_total=0, tokens_fw=0)
         table.to_csv(path.parent / "curve.csv", index=False)
     assert "0 done" in status(tmp_path) and "0%, fw" in status(tmp_path) and "the time left is known after" in status(tmp_path)
+
+
+def test_what_is_left_of_a_run_is_estimated_from_its_share():
+    standings = [grid.Standing("a", "running", share=0.75, seconds=4 * 3600), grid.Standing("b", "done", share=1.0, seconds=60)]
+    assert grid.time_left(standings) == "about 1 h 00 min left with 1 at work"
+
+
+def test_claims_are_counted_beyond_nine(tmp_path):
+    for number in (9, 10):
+        (tmp_path / f"claim.{number}").write_text("{}")
+    assert [path.name for path in grid.claims(tmp_path)] == ["claim.9", "claim.10"]
+
+
+def test_a_run_that_another_finished_meanwhile_is_not_trained_again(tmp_path, monkeypatch):
+    real = grid.take
+
+    def take(folder):
+        runs.write_json(folder / "finished.json", {})  # between the look and the claim
+        return real(folder)
+
+    work = grid.Grid({tmp_path / "a": None})
+    monkeypatch.setattr(grid, "take", take)
+    assert work.next() is None and not grid.claims(tmp_path / "a")

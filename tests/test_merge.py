@@ -1,5 +1,7 @@
 """Merging: both ends are the runs themselves, the middle is the mean of their weights, what does not fit is refused."""
 
+import json
+
 import pytest
 import torch
 from tiny import corpus, flags  # noqa: F401
@@ -62,3 +64,22 @@ def test_a_study_is_merged_pair_by_pair(corpus, tmp_path, capsys):  # noqa: F811
     with pytest.raises(SystemExit):
         merge.main([str(ends[0][0].folder), "--device", "cpu"])
     assert "name two runs, or one study" in capsys.readouterr().err
+
+
+def test_pairs_are_of_one_task_and_settings_that_came_later_do_not_part_them(corpus, tmp_path):  # noqa: F811
+    train.main(flags(corpus, tmp_path / "other", "--steps 2 --p_bw 0 0.5 --task fw-or-bw"))
+    assert merge.pairs(tmp_path / "other", (0, 0.5)) == []
+    train.main(flags(corpus, tmp_path / "s", "--steps 2 --p_bw 0 0.5"))
+    older = next((tmp_path / "s").glob("*pbw0_*/config.json"))
+    content = json.loads(older.read_text())
+    del content["settings"]["optimizer"], content["settings"]["dropout"]
+    older.write_text(json.dumps(content))
+    assert len(merge.pairs(tmp_path / "s", (0, 0.5))) == 1
+
+
+def test_runs_of_different_masks_are_not_merged(corpus, tmp_path):  # noqa: F811
+    for mask in ("anticausal", "flipped"):
+        train.main(flags(corpus, tmp_path, f"--steps 2 --p_bw 0.5 --bw_mask {mask}"))
+    a, b = (str(path.parent) for path in tmp_path.glob("*/config.json"))
+    with pytest.raises(SystemExit, match="differ in size, tokens, bw_mask"):
+        merge.main([a, b, "--device", "cpu"])

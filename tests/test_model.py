@@ -62,6 +62,7 @@ def test_published_parameter_counts(depth):
 
 def test_one_number_sets_the_size():
     assert (GPTConfig.from_scale(1.0).depth, GPTConfig.from_scale(1.0).width) == (8, 384)
+    assert GPTConfig.from_scale(1.1).width == 384  # to the nearest multiple of 64
     assert (GPTConfig.from_scale(3.0).depth, GPTConfig.from_scale(3.0).width) == (16, 768)
     assert padded_vocab_size(50257) == 50304 and padded_vocab_size(62) == 64 and padded_vocab_size(63) == 128
 
@@ -72,6 +73,8 @@ def test_initial_weights_have_the_recipes_deviations_and_depend_on_the_seed_alon
     unit, block = 256**-0.5, model.blocks[2]
     for weights, std in ((model.embedding, 0.25), (model.head, 0.5), (block.expand, 0.25), (block.project, 1 / 8)):
         assert weights.std().item() == pytest.approx(std * unit, rel=0.02)
+    wide = GPT(GPTConfig(depth=4, width=256, vocab_size=2048, expand=4)).blocks[0]
+    assert wide.expand.std().item() == pytest.approx(0.5 / 4 * unit, rel=0.02) and wide.project.std().item() == pytest.approx(1 / 16 * unit, rel=0.02)
     assert torch.equal(GPT(config, seed=3).head, model.head)
     assert not torch.equal(GPT(config, seed=4).head, model.head)
 
@@ -178,6 +181,28 @@ def test_the_bias_of_every_mask_by_hand(x=-math.inf, at=torch.arange(3)):
     truth = {"causal": [[0, x, x], [-2, 0, x], [-4, -2, 0]], "anticausal": [[0, -2, -4], [x, 0, -2], [x, x, 0]],
              "none": [[0, -2, -4], [-2, 0, -2], [-4, -2, 0]], "flipped": [[-6, -4, -2], [-4, -2, 0], [-2, 0, x]]}  # fmt: skip
     assert {mask: position_bias(mask, torch.tensor(2.0), at, at, 4).tolist() for mask in MASKS} == truth
+
+
+def test_attention_values_are_the_last_channels_by_hand():
+    """With a single token, which attends to itself alone: of the GeGLU, or with linear_value of the raw gate."""
+    for linear_value in (False, True):
+        model = make("plain", 1, linear_value=linear_value)
+        block, x = model.blocks[0], torch.randn(2, 1, 32)
+        linear, gate = (block.norm(x) @ block.expand.T)[..., 2 * block.qk_dim :].split(64, -1)
+        hidden = linear * F.gelu(gate)
+        values = (gate if linear_value else hidden)[..., 32:]
+        torch.testing.assert_close(block(x, "causal"), x + torch.cat([hidden[..., :32], values], -1) @ block.project.T)
+
+
+def test_dropout_takes_from_what_a_block_adds_and_nothing_from_a_loaded_model(tmp_path):
+    model = GPT(GPTConfig(depth=1, width=16, vocab_size=64, dropout=0.99, max_seq_len=8))
+    (tmp_path / "model").write_bytes(model_bytes(model))
+    tokens = torch.randint(0, 62, (1, 8))
+    assert torch.equal(load_model(tmp_path / "model")[0](tokens, "causal"), model.eval()(tokens, "causal"))
+    with torch.no_grad():
+        model.blocks[0].project.zero_()
+    x = torch.ones(1, 8, 16)
+    assert torch.equal(model.train().run_blocks(x, "causal", model.blocks), x)
 
 
 def test_positions_by_kernel_are_exact_in_bf16_beyond_8192():

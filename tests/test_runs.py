@@ -10,6 +10,7 @@ from conftest import ROOT
 
 import runs
 from cells import LATER_SETTINGS
+from grid import run_folder
 from recipe import Settings
 from runs import RunError
 
@@ -70,6 +71,13 @@ def test_rows_that_differ_in_one_of_their_keys_are_not_doubled(tmp_path):
 def test_tables_of_other_texts_and_windows_have_names_of_their_own():
     names = {runs.table_name("context", data, windows) for data in (None, "wikitext") for windows in (None, 8)}
     assert names == {"context.csv", "context_wikitext.csv", "context_8windows.csv", "context_wikitext_8windows.csv"}
+
+
+def test_a_name_depends_on_the_settings_not_on_their_order():
+    settings = {"depth": 2, "width": 64, "p_bw": 0.05, "seed": 1, "dtype": "auto"}
+    assert runs.run_name(settings) == runs.run_name(dict(reversed(settings.items()))) != runs.run_name(settings | {"dtype": "float32"})
+    assert run_folder(Settings(dtype="float32")) != run_folder(Settings()) == run_folder(Settings(device="cpu", compile="off"))
+    assert runs.RUN_NAME.fullmatch(runs.run_name(settings))["p_bw"] == "0.05" and runs.RUN_NAME.fullmatch(runs.run_name(settings | {"p_bw": 1e-05}))
 
 
 def test_a_loss_altered_by_hand_is_found_in_any_table(tmp_path):

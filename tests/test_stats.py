@@ -54,3 +54,15 @@ def test_the_document_bootstrap_covers_the_ratio_of_all_documents():
         covered += low < truth < high
         assert low < ratio < high
     assert 0.92 <= covered / draws <= 0.98
+
+
+def test_a_size_that_was_not_tested_does_not_count_and_no_difference_has_no_small_p():
+    assert stats.holm([0.01, np.nan, 0.03]) == pytest.approx([0.02, np.nan, 0.03], nan_ok=True)
+    assert stats.paired_p(np.zeros(3)) == 1
+
+
+def test_resampled_documents_are_the_same_in_every_process():
+    lengths, top, bottom = np.arange(1, 30.0), 3 + np.sin(np.arange(29)), 3 + np.cos(np.arange(29))
+    first = stats.document_interval(lengths, top, bottom)
+    stats.resamples.cache_clear()
+    assert stats.document_interval(lengths, top, bottom) == first
