@@ -12,9 +12,8 @@ import numpy as np
 
 from cells import Cell, Study, Variant
 from drawing import COLOURS, Options, label_ends, new_figure, plain_log_axis, save
-from report import describe, floor_of, short
+from report import describe, floor_of, plus_minus, short
 from runs import MERGE_COLUMNS, Run, read_table
-from stats import mean_interval
 
 
 class Line(NamedTuple):
@@ -61,7 +60,7 @@ def merge(study: Study, options: Options = Options()) -> list[Path]:
             ax.set_title(direction, fontsize=9, loc="left")
             ax.set_xlabel(f"share of the weights: 0 is {variant_a.label}, 1 is {variant_b.label}", fontsize=8)
             ax.set_ylabel(f"{direction} validation loss, nats per token", fontsize=8)
-        told = [f"{direction} {_interval([barrier(line, direction) for line in pairs])}" for direction in ("fw", "bw")]
+        told = [f"{direction} {plus_minus([barrier(line, direction) for line in pairs], 3)} (n = {len(pairs)})" for direction in ("fw", "bw")]
         caption = f"Loss of models whose weights are (1 - share) x those of the run with {variant_a.label} + share x those of "
         caption += f"the run with {variant_b.label}"
         caption += " and the same seed. " if all(line.a["seed"] == line.b["seed"] for line in pairs) else ". "
@@ -76,11 +75,6 @@ def merge(study: Study, options: Options = Options()) -> list[Path]:
 
 def _tag(variant: Variant) -> str:
     return variant.task if variant.task in ("fw", "bw") else f"{variant.task}-{variant.p_bw:g}"
-
-
-def _interval(values: list[float]) -> str:
-    mean, half = mean_interval(np.array(values))
-    return f"{mean:.3f}" + ("" if np.isnan(half) else f" ± {half:.3f}") + f" (n = {len(values)})"
 
 
 def _merge_panel(ax, pairs: list[Line], direction: str, colour: str, floor: tuple[float, float] | None) -> None:

@@ -74,9 +74,10 @@ def floor_of(runs: Iterable[Run]) -> tuple[float, float] | None:
     return None if data.get("floor") is None else (data["floor"], data.get("floor_se") or 0.0)
 
 
-def plus_minus(values: np.ndarray, digits: int = 4) -> str:
+def plus_minus(values: np.ndarray, digits: int = 4, sign: str = "") -> str:
+    """Mean ± half of the 95 % t-interval; `sign` "+" shows it always."""
     mean, half = mean_interval(values)
-    return f"{mean:.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
+    return f"{mean:{sign}.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
 
 
 def interval(logs: np.ndarray, digits: int = 4) -> str:

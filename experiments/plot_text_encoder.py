@@ -23,6 +23,7 @@ import pandas as pd
 
 from drawing import COLOURS, DASHES, new_figure, write_png
 from flags import Parser, one_sentence
+from report import plus_minus
 from runs import RUN_NAME, RunError, trained_on
 from stats import holm, mean_interval, paired_p, seeds_needed
 
@@ -98,11 +99,6 @@ def describe(measurement: dict, panels: list[tuple[dict, dict]]) -> str:
         if len({other[column] for other, _ in panels if other["task"] == measurement["task"]}) > 1:
             extra.append(f"{column.replace('_', ' ')} {measurement[column] or 'all'}")
     return ", ".join([TASKS.get(measurement["task"], measurement["task"]), *extra])
-
-
-def plus_minus(values: np.ndarray, digits: int, sign: str = "") -> str:
-    mean, half = mean_interval(values)
-    return f"{mean:{sign}.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
 
 
 def paired(stage: dict[str, pd.Series], name: str) -> np.ndarray:

@@ -26,6 +26,7 @@ import pandas as pd
 
 from drawing import COLOURS, DASHES, new_figure, write_png
 from flags import Parser, one_sentence
+from report import plus_minus
 from runs import RUN_NAME, RunError, trained_on
 from stats import mean_interval
 
@@ -111,17 +112,12 @@ def describe(setting: dict) -> str:
     return f"{setting['task']}, {', '.join(extras)}"
 
 
-def plus_minus(values: np.ndarray, sign: str = "") -> str:
-    mean, half = mean_interval(values)
-    return f"{mean:{sign}.2f}" + ("" if np.isnan(half) else f" ± {half:.2f}")
-
-
 def minus(by: dict[System, pd.Series], name: System, base: System | None) -> str:
     """Mean difference of two systems, paired by unit; "" where there are no such pairs."""
     if base not in by or base == name:
         return ""
     shared = by[name].index.intersection(by[base].index)
-    return plus_minus((by[name][shared] - by[base][shared]).to_numpy(), "+") if len(shared) else ""
+    return plus_minus((by[name][shared] - by[base][shared]).to_numpy(), 2, "+") if len(shared) else ""
 
 
 def bases(by: dict[System, pd.Series], name: System) -> tuple[System, System | None]:
@@ -149,7 +145,7 @@ def markdown(table: pd.DataFrame) -> str:
         lines += ["| --- " * 6 + "|"]
         for name, values in by.items():
             differences = " | ".join(minus(by, name, base) for base in bases(by, name))
-            lines.append(f"| {name.states} | {name.models} ({name.study}) | {len(values)} | {plus_minus(values.to_numpy())} | {differences} |")
+            lines.append(f"| {name.states} | {name.models} ({name.study}) | {len(values)} | {plus_minus(values.to_numpy(), 2)} | {differences} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -166,7 +162,7 @@ def few_shot_table(sampled: pd.DataFrame) -> str:
     lines = ["| features | models | backbone, head | " + " | ".join(f"K = {k}" for k in counts) + " |", "| --- " * (3 + len(counts)) + "|"]
     for done, name, rows in variants(sampled):
         cells = [rows[rows.shots == k].percent.to_numpy() for k in counts]
-        lines.append(f"| {name.states} | {name.models} | {done} | " + " | ".join(plus_minus(x) if len(x) else "" for x in cells) + " |")
+        lines.append(f"| {name.states} | {name.models} | {done} | " + " | ".join(plus_minus(x, 2) if len(x) else "" for x in cells) + " |")
     return "\n".join(lines)
 
 

@@ -81,3 +81,13 @@ def test_shares_are_all_windows_and_an_error_is_everyones(monkeypatch):
     monkeypatch.setattr("machine.dist.all_gather_object", gather)
     with pytest.raises(RuntimeError, match="the disk is full"):
         group.together(lambda: None, first_only=True)
+
+
+def test_what_all_must_agree_on_is_the_first_process_s(monkeypatch):
+    """On a CPU sums are equal in all processes anyway; on GPUs they need not be."""
+    group, sources = Group(), []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, source: sources.append(source))
+    group.agree(torch.ones(2))
+    group.size = 2
+    group.agree(torch.ones(2))
+    assert sources == [0]

@@ -9,6 +9,7 @@ from test_plot_results import P5, plant, plant_pairs
 
 import compare
 import measures
+import report
 import runs
 import stats
 import verdicts
@@ -172,3 +173,24 @@ def test_a_verdict_is_on_the_logarithm_of_its_threshold():
     assert verdicts.decide(np.log([1.0507, 1.0508, 1.0509]), 1.05, False) == "does not hold"
     unclear = np.log([1.0, 1.06, 1.11])
     assert verdicts.decide(unclear, 1.05, False) == f"undecided: {stats.seeds_needed([unclear], np.log(1.05))} seeds would decide"
+
+
+def test_a_cost_with_p_above_5_percent_is_not_a_cost(tmp_path):
+    """Three seeds, p = 0.07."""
+    for seed, log in enumerate((0.0156, 0.03, 0.0444)):
+        plant(tmp_path, seed=seed, fw=2.0), plant(tmp_path, seed=seed, fw=2.0 * np.exp(log), p_bw=0.05)
+    (p, _), = compare.corrected(compare.ratio1(load(tmp_path), P5)).values()
+    row = verdicts.cost_at_every_size(scope(tmp_path))
+    assert 0.06 < p < 0.08 and row.verdict.startswith("undecided") and row.anticausal == "below 1 at 0, above at 0, open at 1 of 1 sizes"
+
+
+@pytest.mark.parametrize("number, text", [(999, "999"), (57_236, "57.2 k"), (999_499, "999 k"), (999_999, "1 M"), (94_000_000, "94 M"), (999_999_999, "1 G")])
+def test_numbers_are_short_across_units(number, text):
+    assert report.short(number) == text
+
+
+def test_losses_that_cannot_be_are_reported(tmp_path):
+    plant(tmp_path / "toy", fw=1.4, bw=2.0, floor=1.5)
+    assert "under the floor of 1.5" in report.summary(tmp_path / "toy")
+    plant(tmp_path / "text", fw=3.0, bw=2.5, p_bw=0.05)
+    assert "leak until proven otherwise" in report.summary(tmp_path / "text")

@@ -358,13 +358,6 @@ def test_report_and_summary(grid_study):
     assert "ALARM" not in text and "(Holm, 3 sizes)" in text
 
 
-def test_losses_that_cannot_be_are_reported(tmp_path):
-    plant(tmp_path / "toy", fw=1.4, bw=2.0, floor=1.5)
-    assert "under the floor of 1.5" in plot_results.summary(tmp_path / "toy")
-    plant(tmp_path / "text", fw=3.0, bw=2.5, p_bw=0.05)
-    assert "leak until proven otherwise" in plot_results.summary(tmp_path / "text")
-
-
 def test_without_a_folder_every_study_is_drawn_nested_ones_too(tmp_path, monkeypatch):
     plant(tmp_path / "results" / "one")
     plant(tmp_path / "results" / "two" / "nested")
@@ -403,8 +396,3 @@ def test_user_errors_are_one_sentence(tmp_path, monkeypatch):
 def test_plotting_needs_no_torch():
     code = "import sys, plot_results; assert not {'torch', 'matplotlib.pyplot'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-@pytest.mark.parametrize("number, text", [(999, "999"), (57_236, "57.2 k"), (999_499, "999 k"), (999_999, "1 M"), (94_000_000, "94 M"), (999_999_999, "1 G")])
-def test_numbers_are_short_across_units(number, text):
-    assert report.short(number) == text
