@@ -326,7 +326,7 @@ def test_table_pairs_runs_by_seed_and_says_how_many_would_decide(tmp_path, capsy
         for p_bw, stage, value in (("0", "causal", 0.5), ("0.05", "causal", 0.5 + 0.001 * (seed - 1)), ("0", "mntp", 0.6), ("0.05", "mntp", 0.65)):
             for tuning_seed, extra in ((10, 0.02), (11, -0.02)):
                 row = dict.fromkeys(text_encoder.COLUMNS, "") | {"task": "x", "metric": "f1", "position": "i", "probe_epochs": 3, "stage": stage}
-                row |= {"model": f"{tmp_path}/4x32_pbw{p_bw}_seed{seed}_abcdef", "seed": tuning_seed, "score": value + 0.01 * seed + extra}
+                row |= {"model": f"runs/4x32_pbw{p_bw}_seed{seed}_abcdef", "seed": tuning_seed, "score": value + 0.01 * seed + extra}
                 row |= {"mntp_steps": 5} if stage == "mntp" else {}
                 rows.append(row)
     text_encoder.runs.write_table(tmp_path / "scores.csv", rows, text_encoder.COLUMNS)
@@ -359,7 +359,7 @@ def test_what_is_compared_is_corrected_and_what_cannot_be_paired_is_listed(tmp_p
         for p_bw, gain in (("0", 0), ("0.05", 0.05), ("1", 9)):
             for target, style in (("i-1", "bert"), ("i", "bert"), ("i-1", "all")):
                 row = dict.fromkeys(text_encoder.COLUMNS, "") | {"task": "masked", "metric": "loss", "stage": "mntp", "seed": 10}
-                row |= {"model": f"runs/4x32_pbw{p_bw}_seed{seed}_abcdef", "mntp_target": target, "mntp_style": style}
+                row |= {"model": f"{tmp_path}/4x32_pbw{p_bw}_seed{seed}_abcdef", "mntp_target": target, "mntp_style": style}
                 rows.append(row | {"score": 1 + 0.1 * seed + gain * (target == "i") * (1 + 0.01 * seed)})
     rows += [row | {"model": "gpt2", "stage": "none"} for row in rows[:1]]
     text_encoder.runs.write_table(tmp_path / "scores.csv", rows, text_encoder.COLUMNS)
