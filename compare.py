@@ -280,7 +280,7 @@ def with_layers(study: Study, runs: Iterable[Run], kind: str) -> list[Run]:
         expected = set(range(1, run["depth"] + 1)) if kind == "cut" else set(range(run["depth"]))
         missing = sorted(expected - set(ablation(run, kind).index))
         if run.layers.empty:
-            study.note(f"layers: not measured in all runs (python eval_layers.py {study.folder})")
+            study.note(f"layers: not measured in every run (python eval_layers.py {study.folder})")
         elif missing:
             rows = "s" if len(missing) == len(expected) else f" {', '.join(map(str, missing))}"
             study.note(f'run {run.name}: layers.csv lacks the "{kind}" row{rows}')

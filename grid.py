@@ -159,8 +159,9 @@ def other_tokens(folder: Path, settings: Settings) -> str:
     """What to say of a finished run if its data folder holds other tokens by now; empty if not, or if nothing tells."""
     try:
         seen = runs.read_config(folder)["data"]["sha256"]
-        now = {split: entry["sha256"] for split, entry in read_meta(find_folder(settings.data))["splits"].items()}
-    except (RunError, DataError, KeyError):
+        splits = read_meta(find_folder(settings.data))["splits"]
+        now = {split: splits[split]["sha256"] for split in seen}
+    except (RunError, DataError, KeyError, TypeError):
         return ""
     return "" if seen == now else f", but it was trained on other tokens than {settings.data} holds now: use another --study for those"
 

@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     x = args.x or Options(budget=args.budget).axis
     if args.epochs and (args.budget != "tokens" or not x.startswith("epoch")):
         raise SystemExit("--epochs is a window of the axis of epochs: not with --budget, nor with another --x")
-    folders = args.study or sorted({str(config.parent.parent) for config in Path("results").rglob("config.json")})
+    folders = args.study or sorted({str(table.parent.parent) for table in Path("results").rglob("curve.csv")})
     if not folders:
         raise SystemExit("results/ holds no study: train one with python train.py, or name a folder")
     chosen = {option.name: getattr(args, option.name) for option in fields(Options)}

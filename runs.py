@@ -137,8 +137,9 @@ def table_name(table: str, data: str | None = None, windows: int | None = None) 
 
 def split_table_name(path: str | Path, table: str) -> tuple[str | None, int | None]:
     """The text and the number of windows in the name that `table_name` gave to a `table`; None for the run's own, for all."""
-    data, windows = re.fullmatch(rf"{table}(?:_(?!\d+windows)(.+?))?(?:_(\d+)windows)?", Path(path).stem).groups()
-    return data, int(windows) if windows else None
+    if not (found := re.fullmatch(rf"{table}(?:_(?!\d+windows)(.+?))?(?:_(\d+)windows)?", Path(path).stem)):
+        raise RunError(f"{path} is no table of this project: move it out of the run's folder")
+    return found[1], int(found[2]) if found[2] else None
 
 
 def read_table(path: str | Path, columns: tuple[str, ...]) -> pd.DataFrame:
@@ -263,11 +264,12 @@ def run_name(settings: dict[str, Any]) -> str:
 def trained_on(folder: str | Path) -> str:
     """"p_bw = 0.05" or "bw only", of a run that a table knows by the path of its folder.
 
-    Only config.json tells bw only from bw on all that fw learns; where it is gone, both are "p_bw = 1".
+    Only config.json, here or below the project's folder, tells bw only from bw on all that fw learns; where it is gone, both are "p_bw = 1".
     """
-    try:
-        if read_config(Path(folder))["settings"]["task"] == "bw":
-            return "bw only"
-    except (RunError, KeyError):
-        pass
+    for place in (Path(folder), Path(__file__).parent / folder):
+        try:
+            if read_config(place)["settings"]["task"] == "bw":
+                return "bw only"
+        except (RunError, KeyError):
+            pass
     return f"p_bw = {RUN_NAME.fullmatch(Path(folder).name)['p_bw']}"

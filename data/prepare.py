@@ -90,7 +90,7 @@ def report(meta: dict, args: argparse.Namespace, out: Path) -> None:
             print(f"  note: the published {name} split of {args.source} has {published:,} tokens")
     sizes = {name: entry["tokens"] for name, entry in meta["splits"].items()}
     if sizes["train"] < sizes["val"]:
-        print("  note: there is less text to train on than to validate on; names of files and folders that say train, val, valid or dev decide")
+        print("  note: there is less text to train on than to validate on")
     standard = out.parent == ROOT / "data"
     small = meta["vocab_size"] < 10_000 or sizes["train"] < 5_000_000
     settings = ", with settings for small models as in the Makefile" if small else ""

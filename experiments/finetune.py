@@ -306,7 +306,10 @@ def tune_all(wanted: list[Settings]) -> None:
             raise DataError("--model and --data are needed: a Hugging Face causal LM, and a folder of its tokens (--help says how)")
         if all(value is None for value in (settings.epochs, settings.tokens, settings.tokens_fw, settings.steps)):
             raise DataError("no end is set: give --epochs, --tokens, --tokens_fw or --steps")
-    train_all({run_folder(settings): settings for settings in wanted}, lambda settings, folder, _, claim: tune(settings, folder, claim), Group())
+    group = Group()
+    if group.size > 1:
+        raise RunError("finetune.py trains a run in one process: start it without torchrun, as often as you like")
+    train_all({run_folder(settings): settings for settings in wanted}, lambda settings, folder, _, claim: tune(settings, folder, claim), group)
 
 
 @one_sentence

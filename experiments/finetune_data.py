@@ -92,7 +92,7 @@ def prepare(source: str, tokenizer, name: str, out: Path, text_field: str = "tex
             with open(partial / f"{split}.bin", "wb") as file:
                 entries[split] = {"file": f"{split}.bin", **write_split(file, documents, tokenizer, DTYPES[dtype])}
             if entries[split]["tokens"] < FEWEST[split]:
-                raise DataError(f"{source}: the {split} split has no text; give a larger text or another --val-fraction")
+                raise DataError(f"{source}: the {split} split has {'a single token' if entries[split]['tokens'] else 'no text'}; give a larger text or another --val-fraction")
         meta = {"name": out.name, "tokenizer": name, "probe": ids_of(tokenizer, [PROBE])[0], "vocab_size": len(tokenizer), "dtype": dtype,
                 "eot_token": tokenizer.eos_token_id, "splits": entries, "source": source,
                 "licence": "that of the source, which is not recorded here", "date": datetime.date.today().isoformat(),

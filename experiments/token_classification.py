@@ -331,7 +331,7 @@ def tag_only(settings: Settings) -> None:
 def run_grid(grid: list[Settings]) -> None:
     tasks, backbones, cache, place = {}, {}, {}, None
     if len(grid) > 1 and any(settings.save or settings.predictions or settings.load for settings in grid):
-        raise TaggingError("--save, --load and --predictions need one value for every flag: several taggers would overwrite each other's files")
+        raise TaggingError("--save, --load and --predictions need one value for every flag: they name a single tagger's files")
     for number, settings in enumerate(grid, 1):
         out = Path(settings.out)
         rows = runs.read_rows(out, COLUMNS)

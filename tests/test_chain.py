@@ -60,4 +60,4 @@ def test_the_readme_s_notebook_runs(corpus, tmp_path, capsys):  # noqa: F811
     exec(code.replace("results/demo", str(tmp_path)).replace("data/toyworld", str(corpus)), names)
     width = names["model"].config.width
     assert names["logits"].shape == (4, 32, names["model"].config.vocab_size) and names["states"].shape == (4, 32, width)
-    assert "0.05" in capsys.readouterr().out
+    assert names["run"]["p_bw"] == 0.05 and "0.05" in capsys.readouterr().out

@@ -321,7 +321,7 @@ def test_command_draws_all_and_names_what_is_left_out(tmp_path, capsys):
     out = capsys.readouterr().out
     assert {path.name for path in (tmp_path / "s" / "figures").iterdir()} == {path.name for path in paths}
     assert all(str(path) in out for path in paths) and len(paths) == len(plot_results.FIGURES) - 1 - len(OTHER_TABLES)  # all but the leak
-    assert "seed2 is unfinished" in out and "layers: not measured in all runs (python eval_layers.py" in out
+    assert "seed2 is unfinished" in out and "layers: not measured in every run (python eval_layers.py" in out
     assert "ratio2_by_size_ratio_then_mean.png" in out and "repeats_2x64.png" in out
 
 
@@ -360,7 +360,9 @@ def test_report_and_summary(grid_study):
 
 def test_without_a_folder_every_study_is_drawn_nested_ones_too(tmp_path, monkeypatch):
     plant(tmp_path / "results" / "one")
-    plant(tmp_path / "results" / "two" / "nested")
+    run = plant(tmp_path / "results" / "two" / "nested")
+    (run / "model").mkdir()
+    (run / "model" / "config.json").write_text("{}")  # a Hugging Face model's own, as finetune.py leaves it
     monkeypatch.chdir(tmp_path)
     paths = plot_results.main(["--figure", "curves"])
     assert [str(path) for path in paths] == [f"results/{study}/figures/curves_2x64.png" for study in ("one", "two/nested")]

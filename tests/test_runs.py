@@ -71,6 +71,9 @@ def test_rows_that_differ_in_one_of_their_keys_are_not_doubled(tmp_path):
 def test_tables_of_other_texts_and_windows_have_names_of_their_own():
     names = {runs.table_name("context", data, windows) for data in (None, "wikitext") for windows in (None, 8)}
     assert names == {"context.csv", "context_wikitext.csv", "context_8windows.csv", "context_wikitext_8windows.csv"}
+    assert {runs.split_table_name(name, "context") for name in names} == {(data, windows) for data in (None, "wikitext") for windows in (None, 8)}
+    with pytest.raises(RunError, match="is no table of this project"):
+        runs.split_table_name("context_8windows2.csv", "context")
 
 
 def test_a_name_depends_on_the_settings_not_on_their_order():
