@@ -1,0 +1,22 @@
+"""How far each layer sees: the learned slopes of a study's models, python results/wikipedia-4k-long/slopes.py STUDY > slopes.csv
+
+A layer's attention logits fall by its slope (softplus of the parameter) per token of distance: with 0.01 the whole window of
+256 tokens counts, with 1 the last few. Needs the weights, which the repository does not keep.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch.nn.functional as F  # noqa: E402
+
+from model import load_model  # noqa: E402
+from runs import read_study  # noqa: E402
+
+writer = csv.writer(sys.stdout, lineterminator="\n")
+writer.writerow(["run", "layer", "slope"])
+for run in read_study(sys.argv[1]):
+    if run.finished:
+        model, _ = load_model(run.folder / "model.safetensors")
+        writer.writerows([run.name, layer, f"{F.softplus(block.slope.float()).item():.4f}"] for layer, block in enumerate(model.blocks))
