@@ -263,6 +263,10 @@ class GPT(nn.Module):
         for parameter, std in deviation.items():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
+    def slopes(self) -> list[float]:
+        """How fast each layer's attention falls, in logits per token of distance: at 1 the last few tokens count, near 0 all of them."""
+        return F.softplus(torch.stack([block.slope for block in self.blocks]).float()).tolist()
+
     def num_params(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 

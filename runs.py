@@ -34,7 +34,7 @@ from flags import UserError
 CURVE_COLUMNS = (
     "step", "epoch", "tokens_total", "tokens_fw", "tokens_bw", "seconds", "train_loss", "train_acc",
     "fw_loss", "fw_acc", "fw_ppl", "bw_loss", "bw_acc", "bw_ppl", "tokens_unique", "lr", "weight_decay",
-    "grad_norm", "micro_batches", "seq_len", "p_bw", "hit_cap",
+    "grad_norm", "micro_batches", "seq_len", "p_bw", "hit_cap", "slope_min",
 )  # fmt: skip
 LAYERS_COLUMNS = (
     "ablation", "layers_remaining", "layer", "fw_loss", "fw_acc", "fw_ppl", "bw_loss", "bw_acc", "bw_ppl", "tokens",
@@ -44,7 +44,7 @@ CONTEXT_COLUMNS = ("direction", "context", "tokens", "loss")
 DOCUMENTS_COLUMNS = ("direction", "document", "tokens", "loss")
 REVERSAL_COLUMNS = ("direction", "question", "orders", "stated", "pairs", "acc", "auc")
 MERGE_COLUMNS = ("run_a", "run_b", "weight", "fw_loss", "fw_acc", "fw_ppl", "bw_loss", "bw_acc", "bw_ppl")
-LATER_COLUMNS = {CURVE_COLUMNS: ("hit_cap",), LAYERS_COLUMNS: ("tokens",)}  # that older tables lack: a new column goes here, too
+LATER_COLUMNS = {CURVE_COLUMNS: ("hit_cap", "slope_min"), LAYERS_COLUMNS: ("tokens",)}  # that older tables lack: a new column goes here, too
 KEYS = (  # a table that has these columns has one row for each of their values
     ("step",), ("ablation", "layers_remaining", "layer"), ("direction", "layer", "block_size"), ("direction", "context"),
     ("direction", "document"), ("direction", "question", "orders"), ("run_a", "run_b", "weight"),

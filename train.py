@@ -193,7 +193,7 @@ class Training:
         self.model.eval()
         row = {"step": p.step, "epoch": self.epoch, "tokens_total": p.tokens_total, "lr": self.optimizer.param_groups[0]["lr"],
                "weight_decay": self.optimizer.param_groups[0]["weight_decay"], "micro_batches": p.micro_batches,
-               "seq_len": self.recipe.seq_len(max(0, p.step - 1))}  # fmt: skip
+               "seq_len": self.recipe.seq_len(max(0, p.step - 1)), "slope_min": min(self.model.slopes())}  # fmt: skip
         row |= {name: getattr(p, name) for name in runs.CURVE_COLUMNS if hasattr(p, name) and name not in row}  # as Progress calls them
         for direction, mask in (("fw", MASK_OF["fw"]), ("bw", s.bw_mask)):
             batches = validation_windows(self.val_tokens, s.max_seq_len, max(1, (s.physical_tokens or 2**14) // s.max_seq_len))

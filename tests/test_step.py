@@ -110,6 +110,17 @@ def test_an_epoch_counts_both_directions(corpus):  # noqa: F811
     assert run.evaluate()["epoch"] == run.progress.tokens_total / len(run.train_tokens) == 2 * 128 / len(run.train_tokens)
 
 
+def test_a_row_tells_the_smallest_slope_and_tables_from_before_are_read(corpus, tmp_path):  # noqa: F811
+    run = training(corpus)
+    with torch.no_grad():
+        run.model.blocks[1].slope.fill_(-5.0)
+    assert run.evaluate()["slope_min"] == pytest.approx(np.log1p(np.exp(-5.0))) and run.model.slopes()[0] == pytest.approx(np.log1p(np.e))
+    row = dict.fromkeys(runs.CURVE_COLUMNS, 1.0) | {"fw_ppl": np.e, "bw_ppl": np.e}
+    del row["slope_min"]
+    runs.write_table(tmp_path / "curve.csv", [row], runs.CURVE_COLUMNS[:-1])
+    assert len(runs.read_table(tmp_path / "curve.csv", runs.CURVE_COLUMNS)) == 1
+
+
 def test_what_training_reports_is_what_the_scripts_measure_with_any_mask_and_framing(corpus, tmp_path):  # noqa: F811
     """Or flipped models would be evaluated without their leak."""
     train.main(flags(corpus, tmp_path, "--steps 4 --depth 2 --p_bw 0 1 --bw_mask flipped --direction_tokens false --max_seq_len 32"))

@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import torch.nn.functional as F  # noqa: E402
-
 from model import load_model  # noqa: E402
 from runs import read_study  # noqa: E402
 
@@ -19,4 +17,4 @@ writer.writerow(["run", "layer", "slope"])
 for run in read_study(sys.argv[1]):
     if run.finished:
         model, _ = load_model(run.folder / "model.safetensors")
-        writer.writerows([run.name, layer, f"{F.softplus(block.slope.float()).item():.4f}"] for layer, block in enumerate(model.blocks))
+        writer.writerows([run.name, layer, f"{slope:.4f}"] for layer, slope in enumerate(model.slopes()))
