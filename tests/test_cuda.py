@@ -46,8 +46,8 @@ def test_tensors_of_two_devices_never_meet(traced):
 def test_the_host_waits_once_a_step_for_the_step_before(traced, how):
     for task in ("fw", "bw", "fw+bw"):
         assert traced[how][task]["looks"] == ["event", [4]]
-    for measurement, variants in (("evaluation", 1), ("layers", DEPTH * (DEPTH + 1) // 2)):
-        assert traced[how][measurement]["looks"] == [[2, variants]] * 2  # once per direction, whatever the batches
+    for measurement, first, variants in (("evaluation", [[DEPTH]], 1), ("layers", [], DEPTH * (DEPTH + 1) // 2)):  # an evaluation looks at the slopes, too
+        assert traced[how][measurement]["looks"] == first + [[2, variants]] * 2  # once per direction, whatever the batches
 
 
 def test_both_directions_take_the_attention_kernel(traced):
