@@ -106,7 +106,7 @@ def medians(work: dict[str, Callable[[], object]], repeats: int, device: torch.d
     In every repeat each function has its turn: what slows the machine down for a while slows all of them down.
     """
     times, calls = {name: [] for name in work}, dict.fromkeys(work, 1)
-    for repeat in range(-3, repeats):  # to compile, to record, and to see how many calls take 0.2 s
+    for repeat in range(-1, repeats):  # the first to see how many calls take 0.2 s
         for name, function in work.items():
             wait(device)
             start = time.perf_counter()
@@ -122,7 +122,7 @@ def medians(work: dict[str, Callable[[], object]], repeats: int, device: torch.d
 
 
 def left_out(work: dict[str, Callable[[], object]]) -> dict[str, str]:
-    """Calls everything twice, takes out of `work` what the device has no memory left for, and returns it: {name: why}."""
+    """Calls everything twice, to compile and to record; takes out of `work` what the device has no memory left for, and returns it: {name: why}."""
     lost = {}
     for name in [*work, *work]:
         try:
@@ -212,7 +212,8 @@ def steady_state(case: Case, data: str, full: bool) -> dict:
     if not full:
         lost |= left_out(work)  # compiles, while another point is measured
     with turn():
-        lost |= left_out(work)
+        if full:
+            lost |= left_out(work)
         times = medians(work, case.repeats, device)
         idle = idle_share(functools.partial(step, "fw")) if full and device.type == "cuda" else None
     return {
