@@ -26,14 +26,14 @@ METRICS = ("loss", "acc", "ppl")
 
 
 class Term(NamedTuple):
-    """One seed's ratio: `top_column` of run `top` over `bottom_column` of run `bottom` (the same run for ratio 2)."""
+    """One seed's ratio: `top_column` of run `top` over `bottom_column` of run `bottom` (the same run for ratio 2), at equal `x`."""
 
     seed: int
     top: Run
     top_column: str
     bottom: Run
     bottom_column: str
-    budget: str = "tokens"
+    x: str = BUDGETS["tokens"]
 
 
 Ratios = dict[Cell, list[Term]]  # one term per paired seed
@@ -75,14 +75,22 @@ def bw_against_bw_only(study: Study, variant: Variant | None) -> Ratios:
     return paired(study, variant, "bw_loss", BW_ONLY, "bw_loss", _with_bw_only(study)) if variant else {}
 
 
+def against_alone(study: Study, variant: Variant | None, direction: str) -> Ratios:
+    """Loss of `variant` in a direction / loss of the model that learned this direction only, where both have seen equally many
+    tokens *in this direction*: below 1 the other direction helped, above 1 it was in the way. Whatever `study.budget` is."""
+    alone, column = {"fw": FW_ONLY, "bw": BW_ONLY}[direction], f"{direction}_loss"
+    cells = {cell: by for cell, by in study.cells.items() if alone in by}
+    return paired(study, variant, column, alone, column, cells, f"tokens_{direction}") if variant else {}
+
+
 def _with_bw_only(study: Study) -> Cells:
     return {cell: by for cell, by in study.cells.items() if BW_ONLY in by}
 
 
 def paired(study: Study, top: Variant, top_column: str, bottom: Variant | None, bottom_column: str,
-           cells: Cells | None = None) -> Ratios:  # fmt: skip
-    """The terms of all seeds that both variants have, where their runs overlap on the study's budget axis."""
-    result = {}
+           cells: Cells | None = None, x: str | None = None) -> Ratios:  # fmt: skip
+    """The terms of all seeds that both variants have, where their runs overlap on `x` (default: the study's budget axis)."""
+    result, x = {}, x or BUDGETS[study.budget]
     for cell, by in (study.cells if cells is None else cells).items():
         above, below = by.get(top, {}), by.get(bottom, {}) if bottom else {}
         for has, lacks, variant, other in ((above, below, top, bottom), (below, above, bottom, top)):
@@ -90,10 +98,10 @@ def paired(study: Study, top: Variant, top_column: str, bottom: Variant | None, 
             if alone and (lacks or _elsewhere(study, cell, other)):
                 which = f"seed{'s' * (len(alone) > 1)} {', '.join(map(str, alone))}"
                 study.note(f"{study.name(cell)}: {which} of {variant.label} without a partner in {other.label}")
-        terms = [Term(seed, above[seed], top_column, below[seed], bottom_column, study.budget) for seed in sorted(set(above) & set(below))]
+        terms = [Term(seed, above[seed], top_column, below[seed], bottom_column, x) for seed in sorted(set(above) & set(below))]
         met = [term for term, value in zip(terms, log_ratios(terms)) if np.isfinite(value)]
         if len(met) < len(terms):
-            study.note(f"{study.name(cell)}: {top.label} and {bottom.label} are never at equal {study.budget}")
+            study.note(f"{study.name(cell)}: {top.label} and {bottom.label} are never at equal {x}")
         if met:
             result[cell] = met
     return result
@@ -202,17 +210,21 @@ def value_at(run: Run, column: str, x: str, end: float) -> float:
     return float(np.exp(np.interp(end, xs, np.log(ys)))) if len(xs) and xs[0] <= end <= xs[-1] else np.nan
 
 
+def meeting_point(term: Term) -> float:
+    """Where on its x the shorter of a term's two runs ends: they are compared there, and the longer one is interpolated."""
+    return min(np.max(trajectory(run, column, term.x)[0], initial=-np.inf)
+               for run, column in ((term.top, term.top_column), (term.bottom, term.bottom_column)))  # fmt: skip
+
+
 def final_values(terms: list[Term]) -> tuple[np.ndarray, np.ndarray]:
-    """top, bottom (seeds,) where the shorter run of each term ends on its budget axis; NaN where they never meet."""
+    """top, bottom (seeds,) where the two runs of each term meet; NaN where they never do."""
     values = []
     for term in terms:
         if term.top is term.bottom:
             values.append((final(term.top, term.top_column), final(term.top, term.bottom_column)))
-            continue
-        x = BUDGETS[term.budget]
-        sides = ((term.top, term.top_column), (term.bottom, term.bottom_column))
-        end = min(np.max(trajectory(run, column, x)[0], initial=-np.inf) for run, column in sides)  # the longer run is interpolated there
-        values.append([value_at(run, column, x, end) for run, column in sides])
+        else:
+            end = meeting_point(term)
+            values.append((value_at(term.top, term.top_column, term.x, end), value_at(term.bottom, term.bottom_column, term.x, end)))
     top, bottom = np.array(values, float).reshape(-1, 2).T
     return top, bottom
 

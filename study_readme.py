@@ -16,10 +16,10 @@ from typing import Iterable
 
 import numpy as np
 
-from cells import BUDGET_WORDS, BUDGETS, BW_ONLY, FW_ONLY, Cell, Group, Study, Variant, choose, corpus_tokens
+from cells import BUDGET_WORDS, BUDGETS, BW_ONLY, FW_ONLY, Cell, Group, Study, Variant, choose, corpus_tokens, variants
 from compare import (
-    Ratios, Term, bw_against_bw_only, corrected, final, log_ratios, lowest, paired, ratio1, ratio2, ratio2_separate,
-    window_log_ratios, windows,
+    Ratios, Term, against_alone, bw_against_bw_only, corrected, final, log_ratios, lowest, meeting_point, paired, ratio1, ratio2,
+    ratio2_separate, window_log_ratios, windows,
 )  # fmt: skip
 from measures import asked
 from report import alarms, describe, documents, floor_of, interval, markdown_table, p_value, plus_minus, short, write_between
@@ -40,7 +40,7 @@ def markdown(study: Study, variant: Variant | None = None, above: str = "") -> s
     """All sections. `variant` is held against p_bw = 0 (default: as in the figures); figures that `above` shows are not repeated."""
     variant = variant or choose(study)
     sections = [
-        _verdicts(study, variant), _losses(study), _budgets(study, variant), _over_training(study, variant),
+        _verdicts(study, variant), _losses(study), _budgets(study, variant), _own_tokens(study), _over_training(study, variant),
         _repeats(study), _reversal(study), _documents(study, variant), _figures(study.folder, above), _made(study), _left_out(study),
     ]  # fmt: skip
     return "\n\n".join(section for section in sections if section)
@@ -138,6 +138,27 @@ def _budgets(study: Study, variant: Variant | None) -> str:
     return _section("Ratio 1 at equal budgets", *parts, f"""
         Ratio 1 of {variant.label} [95 % t-interval] where the shorter run of each pair ends, on four axes; between evaluations the logarithm of
         the loss is interpolated linearly. On a machine that does other work too, seconds say little.""")  # fmt: skip
+
+
+def _own_tokens(study: Study) -> str:
+    """Whether the directions help each other: a row per size and variant that learned both."""
+    found = {(v, d): against_alone(replace(study, notes=[]), v, d) for v in variants(study) if v not in (FW_ONLY, BW_ONLY) for d in ("fw", "bw")}
+    parts = []
+    for group, cells in _per_group(found.values()):
+        rows = []
+        for cell, v in itertools.product(cells, dict.fromkeys(v for v, _ in found)):
+            terms = [found[v, d].get(cell, []) for d in ("fw", "bw")]
+            texts = [(short(np.mean([meeting_point(t) for t in some])), f"{interval(log_ratios(some))}, n = {len(some)}") if some else ("", "") for some in terms]
+            rows += [[cell.label, v.label, *texts[0], *texts[1]]] if any(terms) else []
+        columns = ("size", "trained on", "fw tokens", "fw loss / fw only", "bw tokens", "bw loss / bw only")
+        parts.append(_titled(study, group, markdown_table(columns, rows)))
+    if not parts:
+        return ""
+    return _section("Each direction at equal tokens of its own", *parts, """
+        Loss of a model of both directions / loss of the model that learned this direction only, where both have seen equally many tokens *in this
+        direction* (their mean is named): above 1 the other direction was in the way, below 1 it helped. Geometric mean over seeds [95 % t-interval];
+        seeds that had fewer bw tokens than the first evaluation of bw only are left out. At p_bw = 1 both models have taken as many steps
+        there, at the same learning rate; below, the two-direction model has taken more for its bw tokens.""")  # fmt: skip
 
 
 def _over_training(study: Study, variant: Variant | None) -> str:

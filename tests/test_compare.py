@@ -143,7 +143,7 @@ def test_repeated_text_is_compared_on_the_budget_asked_for(tmp_path, monkeypatch
 def test_nothing_is_extrapolated_to_a_common_end():
     late = in_memory(0.0, 0, [2.0, 1.0], tokens_total=[5e6, 6e6])
     study = study_of([late, in_memory(0.05, 0, [3.0, 2.0])])
-    assert ratio1(study, P5) == {} and any("never at equal tokens" in note for note in study.notes)
+    assert ratio1(study, P5) == {} and any("never at equal tokens_total" in note for note in study.notes)
 
 
 def test_runs_of_two_optimisers_never_meet_in_a_pair(tmp_path):

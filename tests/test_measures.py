@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from test_compare import in_memory, study_of
 from test_plot_results import P5, plant, plant_pairs
 
 import compare
@@ -13,7 +14,9 @@ import report
 import runs
 import stats
 import verdicts
-from cells import FW_ONLY, choose, load
+from cells import BUDGETS, FW_ONLY, Variant, choose, load
+from compare import against_alone, log_ratios, meeting_point
+from study_readme import _own_tokens
 
 
 def scope(folder):
@@ -194,3 +197,28 @@ def test_losses_that_cannot_be_are_reported(tmp_path):
     assert "under the floor of 1.5" in report.summary(tmp_path / "toy")
     plant(tmp_path / "text", fw=3.0, bw=2.5, p_bw=0.05)
     assert "leak until proven otherwise" in report.summary(tmp_path / "text")
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_each_direction_is_compared_at_equal_tokens_of_its_own(budget):
+    """Losses that depend on the tokens of their direction alone, but for planted factors; p_bw = 1 passes twice as many in all."""
+
+    def run(p_bw, seed, fw, bw, factors, **settings):
+        own = {d: np.linspace(0.1, 1, 13) * tokens for d, tokens in (("fw", fw), ("bw", bw))}
+        losses = {f"{d}_loss": factors[d] * np.exp(2 - 1e-6 * own[d]) for d in own}
+        found = in_memory(p_bw, seed, losses["fw_loss"], tokens_total=own["fw"] + own["bw"], tokens_fw=own["fw"], tokens_bw=own["bw"],
+                          seconds=own["fw"] + own["bw"], **losses)  # fmt: skip
+        found.settings.update(settings)
+        return found
+
+    even = {"fw": 1.0, "bw": 1.0}
+    found = [run(0.0, 0, 1e6, 0, even), run(1.0, 0, 0, 1.2e6, even, task="bw"), run(1.0, 0, 0.5e6, 0.5e6, {"fw": 1.1, "bw": 0.9})]
+    found += [run(1.0, 1, 0, 1e6, even, task="bw"), run(1.0, 1, 0.5e6, 0.05e6, even)]  # bw only was not yet evaluated there; no fw only
+    study, both = study_of(found, budget), Variant("fw+bw", 1.0)
+    for direction, log_ratio in (("fw", np.log(1.1)), ("bw", np.log(0.9))):
+        ((term,),) = against_alone(study, both, direction).values()
+        assert log_ratios([term]) == pytest.approx([log_ratio], abs=1e-12) and meeting_point(term) == 0.5e6
+        assert against_alone(study, None, direction) == {}
+    section = _own_tokens(study)
+    assert "| 2 x 64 | p_bw = 1 | 500 k | 1.1000, n = 1 | 500 k | 0.9000, n = 1 |" in section
+    assert _own_tokens(study_of(found[:2])) == "", "nothing learned both"
