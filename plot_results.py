@@ -15,7 +15,7 @@ is left out and named, never guessed.
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Callable, Sequence
 
@@ -105,6 +105,31 @@ def _curves_panel(ax, by: dict, column: str, options: Options, scale: str, floor
         pad = 0.06 * (max(tops) - min(lows)) or 0.05
         ax.set_ylim(min(lows) - pad, max(tops) + pad)
     label_ends(ax, labels)
+
+
+def own_tokens(study: Study, options: Options = Options()) -> list[Path]:
+    """Each direction's metric over the tokens seen *in that direction*: does learning the other one help? A figure per size that has
+    models of both directions and of one."""
+    metric, paths = options.metric or "loss", []
+    for cell, by in study.cells.items():
+        both = [variant for variant in by if variant.trains("fw") and variant.trains("bw")]
+        alone = [(d, words) for variant, d, words in ((FW_ONLY, "fw", "forward"), (BW_ONLY, "bw", "backward")) if variant in by]
+        if not both or not alone:
+            continue
+        figure, axes = new_figure(1, len(alone), (5.7 * len(alone), 4.4))
+        runs = [run for seeds in by.values() for run in seeds.values()]
+        for ax, (direction, words) in zip(axes[0], alone):
+            learned = {variant: seeds for variant, seeds in by.items() if variant.trains(direction)}
+            own = replace(options, x=f"tokens_{direction}", epochs=None)
+            _curves_panel(ax, learned, f"{direction}_{metric}", own, "log", floor_of(runs) if metric == "loss" else None, variant_colours(study))
+            ax.set_title(direction, fontsize=9, loc="left")
+            ax.set_xlabel(f"tokens seen {words}", fontsize=8)
+            ax.set_ylabel(UNITS[metric], fontsize=8)
+        caption = "A direction against the tokens seen in it: where the lines of one and of two directions are one, they neither help each other nor "
+        caption += f"are in each other's way. Thin: each seed; thick: mean over seeds, where all of them were evaluated. {describe(runs)}."
+        title = f"Each direction at equal tokens of its own: {cell.label} ({short(cell.params)} parameters), {study.heading(cell.group)}"
+        paths.append(save(study, figure, cell.group, f"own_tokens_{cell.depth}x{cell.width}" + options.tag("metric"), title, caption))
+    return paths
 
 
 def ratio1_training(study: Study, options: Options = Options()) -> list[Path]:
@@ -205,7 +230,7 @@ def leak(study: Study, options: Options = Options()) -> list[Path]:
 FIGURES: dict[str, Callable[[Study, Options], list[Path]]] = {
     function.__name__: function
     for function in (
-        curves, leak, pareto, ratio1_training, ratio1_heatmap, ratio1_by_size, ratio2_by_size, bw_by_size, repeats,
+        curves, own_tokens, leak, pareto, ratio1_training, ratio1_heatmap, ratio1_by_size, ratio2_by_size, bw_by_size, repeats,
         layers_ratio1, layers_ratio2, layers_cut, layers_drop, layers_drop_ratio1, layers_drop_ratio2,
         blocks_drop, blocks_angle, blocks_influence, context, merge, reversal,
     )

@@ -255,7 +255,7 @@ def _figures(folder: Path, above: str) -> str:
     rank = {name: next((place for place, start in enumerate(first) if name.startswith(start)), len(first))
             for name in sorted(path.name for path in (folder / "figures").glob("*.png")) if f"figures/{name}" not in above}  # fmt: skip
     shown, single = ([f"![{name.removesuffix('.png').replace('_', ' ')}](figures/{name})" for name in sorted(rank, key=rank.get)
-                      if name.startswith(("curves_", "blocks_")) == of_one_size] for of_one_size in (False, True))  # fmt: skip
+                      if name.startswith(("curves_", "own_tokens_", "blocks_")) == of_one_size] for of_one_size in (False, True))  # fmt: skip
     folded = ["<details><summary>Figures of single sizes</summary>", *single, "</details>"] if single else []
     return _section("Figures", *shown, *folded) if rank else ""
 

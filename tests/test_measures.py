@@ -10,6 +10,7 @@ from test_plot_results import P5, plant, plant_pairs
 
 import compare
 import measures
+import plot_results
 import report
 import runs
 import stats
@@ -222,3 +223,17 @@ def test_each_direction_is_compared_at_equal_tokens_of_its_own(budget):
     section = _own_tokens(study)
     assert "| 2 x 64 | p_bw = 1 | 500 k | 1.1000, n = 1 | 500 k | 0.9000, n = 1 |" in section
     assert _own_tokens(study_of(found[:2])) == "", "nothing learned both"
+
+
+def test_the_figure_of_own_tokens_shows_each_direction_to_whom_learned_it(tmp_path, monkeypatch):
+    plant_pairs(tmp_path, (3.0, 3.0), (2.0, 2.0), (0, 1))
+    plant(tmp_path, seed=0, width=128)  # nothing learned both there
+    plant(tmp_path, seed=0, p_bw=1.0, task="bw")
+    shown = []
+    monkeypatch.setattr("plot_results._curves_panel", lambda ax, by, column, options, *_: shown.append((column, options.x, [v.label for v in by])))
+    (path,) = plot_results.own_tokens(load(tmp_path))
+    assert path.name == "own_tokens_2x64.png"
+    assert shown == [("fw_loss", "tokens_fw", ["p_bw = 0", "p_bw = 0.05"]), ("bw_loss", "tokens_bw", ["p_bw = 0.05", "bw only"])]
+    assert [p.name for p in plot_results.own_tokens(load(tmp_path), plot_results.Options(metric="acc"))] == ["own_tokens_2x64_acc.png"]
+    plant_pairs(tmp_path / "other", (3.0, 3.0), (2.0, 2.0), (0, 1))
+    assert plot_results.own_tokens(load(tmp_path / "other")) and [column for column, *_ in shown[4:]] == ["fw_loss"], "bw has no control there"
