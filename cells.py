@@ -105,6 +105,11 @@ class Study:
     def groups(self) -> list[Group]:
         return sorted({cell.group for cell in self.cells})
 
+    @property
+    def fine_tuned(self) -> bool:
+        """Whether experiments/finetune.py made all of it: the claims are about training from the start."""
+        return all("model" in run.settings for by in self.cells.values() for seeds in by.values() for run in seeds.values())
+
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)

@@ -6,7 +6,7 @@
 
 Runs are paired by seed within a cell (cells.py), and compared where the shorter of the two ends on the study's budget
 axis: equal total tokens, forward tokens, steps or seconds. Between evaluations the metric is interpolated linearly, at a
-pair's end its logarithm; beyond them nothing is. Intervals: stats.py. Tables only: no torch, no matplotlib.
+pair's end in log-log; beyond them nothing is. Intervals: stats.py. Tables only: no torch, no matplotlib.
 """
 
 from __future__ import annotations
@@ -44,17 +44,9 @@ Ratios = dict[Cell, list[Term]]  # one term per paired seed
 
 
 def ratio1(study: Study, variant: Variant | None, metric: str = "loss", direction: str = "fw") -> Ratios:
-    """metric(p_bw = 0) / metric(variant), paired by seed. Seeds and cells without a partner go to study.notes.
-
-    A forward pass never uses the bw mask, so a cell with the flipped one borrows its right-masked twin's p_bw = 0.
-    """
-    column, cells = f"{direction}_{metric}", dict(study.cells)
-    if direction == "fw":
-        for cell, by in study.cells.items():
-            twin = study.cells.get(cell.with_mask("anticausal"), {})
-            if cell.group.bw_mask == "flipped" and FW_ONLY not in by and FW_ONLY in twin:
-                cells[cell] = by | {FW_ONLY: {seed: run for seed, run in twin[FW_ONLY].items() if seed in by.get(variant, {})}}
-    return paired(study, FW_ONLY, column, variant, column, cells)
+    """metric(p_bw = 0) / metric(variant), paired by seed. Seeds and cells without a partner go to study.notes."""
+    column = f"{direction}_{metric}"
+    return paired(study, FW_ONLY, column, variant, column, _with_fw_only(study, variant) if direction == "fw" else study.cells)
 
 
 def ratio2(study: Study, variant: Variant | None, metric: str = "loss") -> Ratios:
@@ -77,10 +69,23 @@ def bw_against_bw_only(study: Study, variant: Variant | None) -> Ratios:
 
 def against_alone(study: Study, variant: Variant | None, direction: str) -> Ratios:
     """Loss of `variant` in a direction / loss of the model that learned this direction only, where both have seen equally many
-    tokens *in this direction*: below 1 the other direction helped, above 1 it was in the way. Whatever `study.budget` is."""
-    alone, column = {"fw": FW_ONLY, "bw": BW_ONLY}[direction], f"{direction}_loss"
-    cells = {cell: by for cell, by in study.cells.items() if alone in by}
+    tokens *in this direction*: below 1 the other direction helped, above 1 it was in the way. Whatever `study.budget` is.
+
+    They may have taken different numbers of steps until then: `steps_at`.
+    """
+    alone, cells = (FW_ONLY, _with_fw_only(study, variant)) if direction == "fw" else (BW_ONLY, study.cells)
+    column, cells = f"{direction}_loss", {cell: by for cell, by in cells.items() if alone in by}
     return paired(study, variant, column, alone, column, cells, f"tokens_{direction}") if variant else {}
+
+
+def _with_fw_only(study: Study, variant: Variant | None) -> Cells:
+    """A forward pass never uses the bw mask, so a cell with the flipped one borrows its right-masked twin's p_bw = 0."""
+    cells = dict(study.cells)
+    for cell, by in study.cells.items():
+        twin = study.cells.get(cell.with_mask("anticausal"), {})
+        if cell.group.bw_mask == "flipped" and FW_ONLY not in by and FW_ONLY in twin:
+            cells[cell] = by | {FW_ONLY: {seed: run for seed, run in twin[FW_ONLY].items() if seed in by.get(variant, {})}}
+    return cells
 
 
 def _with_bw_only(study: Study) -> Cells:
@@ -205,15 +210,21 @@ def lowest(run: Run, column: str) -> float:
 
 
 def value_at(run: Run, column: str, x: str, end: float) -> float:
-    """A positive metric where x is `end`, interpolated in the logarithm; NaN outside what was evaluated."""
+    """A positive metric where x is `end`, interpolated along straight lines in log-log; NaN outside what was evaluated after the start."""
     xs, ys = trajectory(run, column, x)
-    return float(np.exp(np.interp(end, xs, np.log(ys)))) if len(xs) and xs[0] <= end <= xs[-1] else np.nan
+    xs, ys = xs[xs > 0], ys[xs > 0]
+    return float(np.exp(np.interp(np.log(end), np.log(xs), np.log(ys)))) if len(xs) and xs[0] <= end <= xs[-1] else np.nan
 
 
 def meeting_point(term: Term) -> float:
     """Where on its x the shorter of a term's two runs ends: they are compared there, and the longer one is interpolated."""
     return min(np.max(trajectory(run, column, term.x)[0], initial=-np.inf)
                for run, column in ((term.top, term.top_column), (term.bottom, term.bottom_column)))  # fmt: skip
+
+
+def steps_at(run: Run, term: Term) -> float:
+    """Optimiser steps that a run had taken at the term's meeting point."""
+    return float(np.interp(meeting_point(term), *trajectory(run, "step", term.x)))
 
 
 def final_values(terms: list[Term]) -> tuple[np.ndarray, np.ndarray]:

@@ -22,7 +22,7 @@ from typing import Callable, Sequence
 import numpy as np
 
 from cells import BUDGETS, BW_ONLY, FW_ONLY, Study, choose, load
-from compare import METRICS, ORDER_WORDS, ORDERS, average, common_grid, on_grid, ratio_curve, trajectory
+from compare import METRICS, ORDER_WORDS, ORDERS, average, common_grid, final, on_grid, ratio_curve, trajectory
 from drawing import (
     COLOURS, DASHES, METRIC_LABELS, UNITS, X_LABELS, Options, by_group, label_ends, meaning, new_figure, numbered, pick,
     plain_log_axis, runs_of, save, smoothed, variant_colours,
@@ -110,8 +110,8 @@ def _curves_panel(ax, by: dict, column: str, options: Options, scale: str, floor
 def own_tokens(study: Study, options: Options = Options()) -> list[Path]:
     """Each direction's metric over the tokens seen *in that direction*: does learning the other one help? A figure per size that has
     models of both directions and of one."""
-    metric, paths = options.metric or "loss", []
-    for cell, by in study.cells.items():
+    metric, options, paths = options.metric or "loss", replace(options, epochs=None, budget="tokens"), []
+    for cell, by in study.cells.items() if not study.fine_tuned else ():
         both = [variant for variant in by if variant.trains("fw") and variant.trains("bw")]
         alone = [(d, words) for variant, d, words in ((FW_ONLY, "fw", "forward"), (BW_ONLY, "bw", "backward")) if variant in by]
         if not both or not alone:
@@ -119,16 +119,18 @@ def own_tokens(study: Study, options: Options = Options()) -> list[Path]:
         figure, axes = new_figure(1, len(alone), (5.7 * len(alone), 4.4))
         runs = [run for seeds in by.values() for run in seeds.values()]
         for ax, (direction, words) in zip(axes[0], alone):
-            learned = {variant: seeds for variant, seeds in by.items() if variant.trains(direction)}
-            own = replace(options, x=f"tokens_{direction}", epochs=None)
-            _curves_panel(ax, learned, f"{direction}_{metric}", own, "log", floor_of(runs) if metric == "loss" else None, variant_colours(study))
+            x = f"tokens_{direction}"
+            learned = {v: {seed: run for seed, run in seeds.items() if final(run, x) > 0} for v, seeds in by.items() if v.trains(direction)}
+            learned, floor = {v: seeds for v, seeds in learned.items() if seeds}, floor_of(runs) if metric == "loss" else None
+            _curves_panel(ax, learned, f"{direction}_{metric}", replace(options, x=x), "log", floor, variant_colours(study))
             ax.set_title(direction, fontsize=9, loc="left")
             ax.set_xlabel(f"tokens seen {words}", fontsize=8)
             ax.set_ylabel(UNITS[metric], fontsize=8)
-        caption = "A direction against the tokens seen in it: where the lines of one and of two directions are one, they neither help each other nor "
-        caption += f"are in each other's way. Thin: each seed; thick: mean over seeds, where all of them were evaluated. {describe(runs)}."
+        caption = "A direction against the tokens seen in it: where lines coincide, the other direction neither helped nor was in the way; with a smaller share "
+        caption += "of the tokens a model has taken more steps for as many. Thin: each seed; thick: mean over seeds, where all of them were evaluated. "
         title = f"Each direction at equal tokens of its own: {cell.label} ({short(cell.params)} parameters), {study.heading(cell.group)}"
-        paths.append(save(study, figure, cell.group, f"own_tokens_{cell.depth}x{cell.width}" + options.tag("metric"), title, caption))
+        name = f"own_tokens_{cell.depth}x{cell.width}" + options.tag("metric")
+        paths.append(save(study, figure, cell.group, name, title, caption + describe(runs) + "."))
     return paths
 
 

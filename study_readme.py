@@ -19,7 +19,7 @@ import numpy as np
 from cells import BUDGET_WORDS, BUDGETS, BW_ONLY, FW_ONLY, Cell, Group, Study, Variant, choose, corpus_tokens, variants
 from compare import (
     Ratios, Term, against_alone, bw_against_bw_only, corrected, final, log_ratios, lowest, meeting_point, paired, ratio1, ratio2,
-    ratio2_separate, window_log_ratios, windows,
+    ratio2_separate, steps_at, window_log_ratios, windows,
 )  # fmt: skip
 from measures import asked
 from report import alarms, describe, documents, floor_of, interval, markdown_table, p_value, plus_minus, short, write_between
@@ -66,13 +66,8 @@ def _titled(study: Study, group: Group, content: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _fine_tuned(study: Study) -> bool:
-    """Whether experiments/finetune.py made all of it: the claims are about training from the start."""
-    return all("model" in run.settings for by in study.cells.values() for seeds in by.values() for run in seeds.values())
-
-
 def _verdicts(study: Study, variant: Variant | None) -> str:
-    if _fine_tuned(study):
+    if study.fine_tuned:
         return ""
     found = verdicts(study, variant)
     if not found:
@@ -136,29 +131,41 @@ def _budgets(study: Study, variant: Variant | None) -> str:
     if not parts:
         return ""
     return _section("Ratio 1 at equal budgets", *parts, f"""
-        Ratio 1 of {variant.label} [95 % t-interval] where the shorter run of each pair ends, on four axes; between evaluations the logarithm of
-        the loss is interpolated linearly. On a machine that does other work too, seconds say little.""")  # fmt: skip
+        Ratio 1 of {variant.label} [95 % t-interval] where the shorter run of each pair ends, on four axes; between evaluations the loss is interpolated
+        in log-log. On a machine that does other work too, seconds say little.""")  # fmt: skip
 
 
 def _own_tokens(study: Study) -> str:
-    """Whether the directions help each other: a row per size and variant that learned both."""
-    found = {(v, d): against_alone(replace(study, notes=[]), v, d) for v in variants(study) if v not in (FW_ONLY, BW_ONLY) for d in ("fw", "bw")}
+    """Whether the directions help each other: a row per size and variant that learned both. Not of fine-tuning, whose learning rate
+    falls to 0 at a run's end: two runs that meet in the middle of one of them cannot be compared."""
+    both = [v for v in variants(study) if v.trains("fw") and v.trains("bw")] * (not study.fine_tuned)
+    found = {(v, d): against_alone(replace(study, notes=[]), v, d) for v in both for d in ("fw", "bw")}
     parts = []
     for group, cells in _per_group(found.values()):
         rows = []
-        for cell, v in itertools.product(cells, dict.fromkeys(v for v, _ in found)):
-            terms = [found[v, d].get(cell, []) for d in ("fw", "bw")]
-            texts = [(short(np.mean([meeting_point(t) for t in some])), f"{interval(log_ratios(some))}, n = {len(some)}") if some else ("", "") for some in terms]
-            rows += [[cell.label, v.label, *texts[0], *texts[1]]] if any(terms) else []
-        columns = ("size", "trained on", "fw tokens", "fw loss / fw only", "bw tokens", "bw loss / bw only")
-        parts.append(_titled(study, group, markdown_table(columns, rows)))
+        for cell, v in itertools.product(cells, both):
+            texts = [text for d in ("fw", "bw") for text in _against_alone(found[v, d].get(cell, []), len(study.cells[cell].get(v, {})))]
+            rows += [[cell.label, v.label, *texts]] if any(texts) else []
+        columns = ("size", "trained on", "fw tokens", "steps", "fw loss / that of p_bw = 0", "bw tokens", "steps", "bw loss / that of bw only")
+        parts += [_titled(study, group, markdown_table(columns, rows))] if rows else []
     if not parts:
         return ""
     return _section("Each direction at equal tokens of its own", *parts, """
         Loss of a model of both directions / loss of the model that learned this direction only, where both have seen equally many tokens *in this
-        direction* (their mean is named): above 1 the other direction was in the way, below 1 it helped. Geometric mean over seeds [95 % t-interval];
-        seeds that had fewer bw tokens than the first evaluation of bw only are left out. At p_bw = 1 both models have taken as many steps
-        there, at the same learning rate; below, the two-direction model has taken more for its bw tokens.""")  # fmt: skip
+        direction*: above 1 the other direction was in the way, below 1 it helped. Geometric mean over seeds [95 % t-interval], of so many of the
+        variant's seeds; tokens, and steps of the two models, are means. Where the steps differ, so do learning rates and the number of updates: only rows of (nearly) equal steps
+        tell what the directions do to each other and nothing else. Left out: seeds that never have equally many tokens, and those whose control is
+        still in its warm-up there. Between evaluations interpolated in log-log, good to some tenths of a per cent.""")  # fmt: skip
+
+
+def _against_alone(terms: list[Term], seeds: int) -> tuple[str, str, str]:
+    """Tokens, steps of both and the ratio, of the terms whose control is past its warm-up; "" without any."""
+    terms = [term for term in terms if steps_at(term.bottom, term) > (term.bottom.settings.get("warmup_steps") or 0)]
+    if not terms:
+        return "", "", ""
+    steps = (np.mean([steps_at(run, term) for term, run in zip(terms, side)]) for side in zip(*((term.top, term.bottom) for term in terms)))
+    tokens = np.mean([meeting_point(term) for term in terms])
+    return short(tokens), " / ".join(f"{count:,.0f}" for count in steps), f"{interval(log_ratios(terms))}, {len(terms)} of {seeds}"
 
 
 def _over_training(study: Study, variant: Variant | None) -> str:
@@ -263,7 +270,7 @@ def _figures(folder: Path, above: str) -> str:
 def _made(study: Study) -> str:
     runs = [run for by in (study.cells | study.limited).values() for seeds in by.values() for run in seeds.values()]
     lines = [f"python {command}" for command in sorted({run.config["command"] for run in runs if run.config.get("command")})]
-    lines += _measured(study.folder, "eval_layers.py", "layers") * (not _fine_tuned(study)) + _measured(study.folder, "eval_context.py", "context")
+    lines += _measured(study.folder, "eval_layers.py", "layers") * (not study.fine_tuned) + _measured(study.folder, "eval_context.py", "context")
     lines += _measured(study.folder, "eval_reversal.py", "reversal")
     lines += _merged(study.folder, {run.name: run for run in runs})
     other = sorted({found[1] for path in study.folder.glob("figures/*.png") if (found := re.search(r"_p_bw-([\d.]+?)(?:_|\.png)", path.name))})

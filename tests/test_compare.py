@@ -110,13 +110,13 @@ def test_the_bootstrap_reads_both_runs_of_a_pair_by_document(tmp_path):
 def test_a_loss_that_depends_on_forward_tokens_alone_is_equal_at_equal_forward_tokens():
     def run(p_bw, evaluations, share):
         total = np.linspace(0.1, 1, evaluations) * 1e6
-        return in_memory(p_bw, 0, np.exp(2 - 1e-6 * share * total), tokens_total=total, tokens_fw=share * total, seconds=total)
+        return in_memory(p_bw, 0, (share * total) ** -0.5, tokens_total=total, tokens_fw=share * total, seconds=total)
 
     found = [run(0.0, 13, 1.0), run(0.05, 8, 0.8)]
-    for budget, log_ratio in (("tokens_fw", 0.0), ("tokens", -0.2), ("seconds", -0.2), ("steps", 0.05)):
+    for budget, log_ratio in (("tokens_fw", 0.0), ("tokens", 0.5 * np.log(0.8)), ("seconds", 0.5 * np.log(0.8)), ("steps", None)):
         (terms,) = ratio1(study_of(found, budget), P5).values()
         if budget == "steps":  # the eighth evaluation of thirteen against the last of eight
-            log_ratio = -(0.1 + 0.9 * 7 / 12) + 0.8
+            log_ratio = -0.5 * np.log((0.1 + 0.9 * 7 / 12) / 0.8)
         assert log_ratios(terms) == pytest.approx([log_ratio], abs=1e-12), budget
 
 

@@ -17,7 +17,7 @@ import stats
 import verdicts
 from cells import BUDGETS, FW_ONLY, Variant, choose, load
 from compare import against_alone, log_ratios, meeting_point
-from study_readme import _own_tokens
+from study_readme import _own_tokens, markdown
 
 
 def scope(folder):
@@ -200,40 +200,76 @@ def test_losses_that_cannot_be_are_reported(tmp_path):
     assert "leak until proven otherwise" in report.summary(tmp_path / "text")
 
 
+def learner(p_bw, seed, fw, bw, factors=(1.0, 1.0), **settings):
+    """A run whose losses are power laws of the tokens of their direction alone, but for planted factors; the first row is before training."""
+    tokens = {d: np.linspace(0, 1, 14) * end if np.isscalar(end) else np.array(end, float) for d, end in (("fw", fw), ("bw", bw))}
+    losses = {f"{d}_loss": factor * np.maximum(tokens[d], 1.0) ** -0.1 for d, factor in zip(tokens, factors)}
+    found = in_memory(p_bw, seed, losses["fw_loss"], step=np.arange(14) * 10, tokens_total=tokens["fw"] + tokens["bw"], tokens_fw=tokens["fw"],
+                      tokens_bw=tokens["bw"], seconds=np.arange(14), **losses)  # fmt: skip
+    found.settings.update({"warmup_steps": 5} | settings)
+    return found
+
+
+@pytest.fixture
+def learners():
+    """Two seeds that end at different tokens; at 5 % the bw tokens stand still between backward passes while the loss goes on falling."""
+    found = [learner(0.0, seed, 1e6, 0) for seed in (0, 1)] + [learner(1.0, seed, 0, 1.3e6, task="bw") for seed in (0, 1)]
+    found += [learner(1.0, 0, 0.5e6, 0.5e6, (1.1, 0.9)), learner(1.0, 1, 0.4e6, 0.4e6, (1.1, 0.9))]
+    rare = learner(0.05, 0, 0.8e6, [*np.linspace(0, 0.2e6, 12), 0.2e6, 0.2e6], (1.0, 0.8))
+    rare.curve.loc[[11, 12], "bw_loss"] *= 2
+    return [*found, rare, learner(0.05, 1, 0.8e6, 0.01e6)]  # too few bw tokens for its control, but for the row before training
+
+
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_each_direction_is_compared_at_equal_tokens_of_its_own(budget):
-    """Losses that depend on the tokens of their direction alone, but for planted factors; p_bw = 1 passes twice as many in all."""
+def test_each_direction_is_compared_at_equal_tokens_of_its_own(learners, budget):
+    study, both = study_of(learners, budget), Variant("fw+bw", 1.0)
+    for variant, direction, ratio, points in ((both, "fw", 1.1, [0.5e6, 0.4e6]), (both, "bw", 0.9, [0.5e6, 0.4e6]),
+                                              (P5, "fw", 1.0, [0.8e6, 0.8e6]), (P5, "bw", 0.8, [0.2e6])):  # fmt: skip
+        (terms,) = against_alone(study, variant, direction).values()
+        assert log_ratios(terms) == pytest.approx(np.log([ratio] * len(points)), abs=1e-12)
+        assert [meeting_point(term) for term in terms] == points
+    assert [compare.steps_at(run, terms[0]) for run in (terms[0].top, terms[0].bottom)] == [130, 20]
+    assert against_alone(study, None, "fw") == {} and study_of(learners[:4]).notes == []
 
-    def run(p_bw, seed, fw, bw, factors, **settings):
-        own = {d: np.linspace(0.1, 1, 13) * tokens for d, tokens in (("fw", fw), ("bw", bw))}
-        losses = {f"{d}_loss": factors[d] * np.exp(2 - 1e-6 * own[d]) for d in own}
-        found = in_memory(p_bw, seed, losses["fw_loss"], tokens_total=own["fw"] + own["bw"], tokens_fw=own["fw"], tokens_bw=own["bw"],
-                          seconds=own["fw"] + own["bw"], **losses)  # fmt: skip
-        found.settings.update(settings)
-        return found
 
-    even = {"fw": 1.0, "bw": 1.0}
-    found = [run(0.0, 0, 1e6, 0, even), run(1.0, 0, 0, 1.2e6, even, task="bw"), run(1.0, 0, 0.5e6, 0.5e6, {"fw": 1.1, "bw": 0.9})]
-    found += [run(1.0, 1, 0, 1e6, even, task="bw"), run(1.0, 1, 0.5e6, 0.05e6, even)]  # bw only was not yet evaluated there; no fw only
-    study, both = study_of(found, budget), Variant("fw+bw", 1.0)
-    for direction, log_ratio in (("fw", np.log(1.1)), ("bw", np.log(0.9))):
-        ((term,),) = against_alone(study, both, direction).values()
-        assert log_ratios([term]) == pytest.approx([log_ratio], abs=1e-12) and meeting_point(term) == 0.5e6
-        assert against_alone(study, None, direction) == {}
+def test_the_table_of_own_tokens(learners):
+    study = study_of(learners)
     section = _own_tokens(study)
-    assert "| 2 x 64 | p_bw = 1 | 500 k | 1.1000, n = 1 | 500 k | 0.9000, n = 1 |" in section
-    assert _own_tokens(study_of(found[:2])) == "", "nothing learned both"
+    assert "| 2 x 64 | p_bw = 0.05 | 800 k | 130 / 104 | 1.0000 [1.0000, 1.0000], 2 of 2 | 200 k | 130 / 20 | 0.8000, 1 of 2 |" in section
+    assert "| 2 x 64 | p_bw = 1 | 450 k | 130 / 58 | 1.1000 [1.1000, 1.1000], 2 of 2 | 450 k | 130 / 45 | 0.9000 [0.9000, 0.9000], 2 of 2 |" in section
+    assert study.notes == [] and _own_tokens(study_of(learners[:4])) == "", "nothing learned both"
+    learners[2].settings["warmup_steps"] = 20  # of the bw-only run of seed 0
+    assert "2 of 2 |  |  |  |" in _own_tokens(study) and "| 0.9000 [0.9000, 0.9000], 2 of 2 |" in _own_tokens(study)
+    for run in learners:
+        run.settings["model"] = "gpt2"
+    assert _own_tokens(study_of(learners)) == "" and plot_results.own_tokens(study_of(learners)) == []
+
+
+def test_own_tokens_are_part_of_the_report_and_of_all_figures(tmp_path):
+    plant_pairs(tmp_path, (3.0, 3.0), (2.0, 2.0), (0, 1))
+    assert plot_results.FIGURES["own_tokens"] is plot_results.own_tokens
+    (path,) = plot_results.draw(load(tmp_path), ["own_tokens"])
+    text = markdown(load(tmp_path))
+    assert "## Each direction at equal tokens of its own" in text
+    assert text.index("<details>") < text.index(path.name) < text.index("</details>"), "folded away"
 
 
 def test_the_figure_of_own_tokens_shows_each_direction_to_whom_learned_it(tmp_path, monkeypatch):
     plant_pairs(tmp_path, (3.0, 3.0), (2.0, 2.0), (0, 1))
     plant(tmp_path, seed=0, width=128)  # nothing learned both there
     plant(tmp_path, seed=0, p_bw=1.0, task="bw")
+    unlucky = plant(tmp_path, seed=2, p_bw=0.05)  # no backward pass was drawn
+    table = pd.read_csv(unlucky / "curve.csv").assign(tokens_bw=0)
+    table.to_csv(unlucky / "curve.csv", index=False)
     shown = []
-    monkeypatch.setattr("plot_results._curves_panel", lambda ax, by, column, options, *_: shown.append((column, options.x, [v.label for v in by])))
-    (path,) = plot_results.own_tokens(load(tmp_path))
-    assert path.name == "own_tokens_2x64.png"
-    assert shown == [("fw_loss", "tokens_fw", ["p_bw = 0", "p_bw = 0.05"]), ("bw_loss", "tokens_bw", ["p_bw = 0.05", "bw only"])]
-    assert [p.name for p in plot_results.own_tokens(load(tmp_path), plot_results.Options(metric="acc"))] == ["own_tokens_2x64_acc.png"]
+    monkeypatch.setattr("plot_results._curves_panel", lambda ax, by, column, options, scale, floor, colours: shown.append(
+        (column, options.x, scale, options.epochs, {v.label: [*seeds] for v, seeds in by.items()})))  # fmt: skip
+    monkeypatch.setattr("plot_results.save", lambda study, figure, group, name, title, caption: (name, [ax.get_xlabel() for ax in figure.axes]))
+    axes = ["tokens seen forward", "tokens seen backward"]
+    for options, metric, tag in ((plot_results.Options(epochs=(0, 1), budget="steps"), "loss", ""), (plot_results.Options(metric="acc"), "acc", "_acc")):
+        shown.clear()
+        assert plot_results.own_tokens(load(tmp_path), options) == [(f"own_tokens_2x64{tag}", axes)]
+        assert shown == [(f"fw_{metric}", "tokens_fw", "log", None, {"p_bw = 0": [0, 1], "p_bw = 0.05": [0, 1, 2]}),
+                         (f"bw_{metric}", "tokens_bw", "log", None, {"p_bw = 0.05": [0, 1], "bw only": [0]})]  # fmt: skip
     plant_pairs(tmp_path / "other", (3.0, 3.0), (2.0, 2.0), (0, 1))
-    assert plot_results.own_tokens(load(tmp_path / "other")) and [column for column, *_ in shown[4:]] == ["fw_loss"], "bw has no control there"
+    assert plot_results.own_tokens(load(tmp_path / "other"))[0][1] == axes[:1], "bw has no control there"
