@@ -73,8 +73,8 @@ def against_alone(study: Study, variant: Variant | None, direction: str) -> Rati
 
     They may have taken different numbers of steps until then: `steps_at`.
     """
-    alone, cells = (FW_ONLY, _with_fw_only(study, variant)) if direction == "fw" else (BW_ONLY, study.cells)
-    column, cells = f"{direction}_loss", {cell: by for cell, by in cells.items() if alone in by}
+    alone, cells = (FW_ONLY, _with_fw_only(study, variant)) if direction == "fw" else (BW_ONLY, _with_bw_only(study))
+    column = f"{direction}_loss"
     return paired(study, variant, column, alone, column, cells, f"tokens_{direction}") if variant else {}
 
 
