@@ -135,10 +135,11 @@ class Training:
         count = self.recipe.count(p.micro_batches, draw(seed, "micro_batches", p.step))
         p.hit_cap |= self.settings.micro_batches is None and p.micro_batches >= self.settings.max_micro_batches
         sums, passes, last = {}, {"fw": 0, "bw": 0}, {}
+        share = {"fw": 1 / count, "bw": self.settings.bw_weight / count}
         for _ in range(count):
             windows = torch.from_numpy(self.windows.next(batch, length))
             windows = windows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else windows
-            last = {direction: self.run_pass(windows, direction, 1 / count) for direction in self.directions()}
+            last = {direction: self.run_pass(windows, direction, share[direction]) for direction in self.directions()}
             self.group.sum(last.values())
             for direction, figures in last.items():
                 sums[direction] = sums.get(direction, 0) + figures
