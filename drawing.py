@@ -48,6 +48,9 @@ METRIC_LABELS = {"loss": "loss", "acc": "accuracy", "ppl": "perplexity"}
 UNITS = {"loss": "validation loss, nats per token", "acc": "validation accuracy", "ppl": "validation perplexity"}
 
 
+CHOICE = ("p_bw", "task", "bw_weight")  # the options that choose a variant
+
+
 @dataclass
 class Options:
     metric: str | None = None  # None: each figure's own (loss; perplexity for ratio 1 over layers, as in the article)
@@ -60,7 +63,12 @@ class Options:
     all_seeds: bool = False
     p_bw: float | None = None
     task: str = "fw+bw"
+    bw_weight: float | None = None
     budget: str = "tokens"
+
+    def chosen(self, study: Study) -> Variant | None:
+        """The variant that the figures compare with p_bw = 0."""
+        return choose(study, *(getattr(self, name) for name in CHOICE))
 
     @property
     def axis(self) -> str:
@@ -91,7 +99,7 @@ def variant_colours(study: Study) -> dict[Variant, str]:
     A sweep of p_bw has more of them than there are colours to tell apart: then two scales that darken with p_bw.
     """
     everything = [*study.cells.values(), *study.limited.values()]
-    found = sorted({variant for by in everything for variant in by}, key=lambda v: (v.p_bw, v.task))
+    found = sorted({variant for by in everything for variant in by}, key=lambda v: v.place)
     usual = {FW_ONLY: COLOURS[0], Variant("fw+bw", 0.05): COLOURS[1], BW_ONLY: COLOURS[2], Variant("fw+bw", 0.5): COLOURS[3]}
     if len(found) <= len(COLOURS):
         left = iter([colour for colour in COLOURS if colour not in {usual[v] for v in found if v in usual}])
@@ -135,7 +143,7 @@ def meaning(name: str, metric: str, label: str) -> str:
 
 def pick(study: Study, options: Options, name: str, metric: str, direction: str = "fw"):
     """The chosen variant and its {cell: terms} of "ratio1" or "ratio2"; empty (and noted) if the study allows none."""
-    variant = choose(study, options.p_bw, options.task)
+    variant = options.chosen(study)
     if variant is None:
         study.note(f"{name}: no finished run was trained in both directions")
         return None, {}

@@ -15,8 +15,8 @@ from typing import Callable
 import numpy as np
 from scipy import stats
 
-from cells import BW_ONLY, FW_ONLY, Cell, Study, Variant, choose
-from drawing import Options, label_ends, new_figure, panels, save, variant_colours
+from cells import BW_ONLY, FW_ONLY, Cell, Study, Variant
+from drawing import CHOICE, Options, label_ends, new_figure, panels, save, variant_colours
 from report import describe, short
 from runs import LAYERS_COLUMNS, SIMILARITY_COLUMNS, Run, read_table, split_table_name, table_name
 
@@ -72,7 +72,7 @@ def _measured(study: Study, table: str) -> list[int | None]:
 def _shown(study: Study, options: Options, cell: Cell, read: Callable,
            windows: int | None) -> dict[tuple[Variant, str], list[tuple[Run, np.ndarray]]]:  # fmt: skip
     """{(variant, direction it was trained in): (run, what `read` finds) of every seed that has it}."""
-    chosen = [FW_ONLY, choose(study, options.p_bw, options.task), BW_ONLY]
+    chosen = [FW_ONLY, options.chosen(study), BW_ONLY]
     shown = {}
     for variant in dict.fromkeys(variant for variant in chosen if variant in study.cells[cell]):
         for direction in (direction for direction in ("fw", "bw") if variant.trains(direction)):
@@ -108,7 +108,7 @@ def _heat_maps(study: Study, options: Options, name: str, read: Callable, title:
             bar.set_label(label, fontsize=8)
             bar.ax.tick_params(labelsize=8)
             caption = what + _scope(windows) + describe([run for found in shown.values() for run, _ in found]) + "."
-            file = Path(table_name(f"{name}_{cell.depth}x{cell.width}{options.tag('p_bw', 'task')}", windows=windows)).stem
+            file = Path(table_name(f"{name}_{cell.depth}x{cell.width}{options.tag(*CHOICE)}", windows=windows)).stem
             heading = f"{title}: {cell.label} ({short(cell.params)} parameters), {study.heading(cell.group)}"
             paths.append(save(study, figure, cell.group, file, heading, caption))
     return paths
@@ -146,7 +146,7 @@ def blocks_influence(study: Study, options: Options = Options()) -> list[Path]:
                 _influence_panel(ax, cell, found, variant_colours(study))
             caption = "Block Influence: 1 - cosine of the residual stream before and after a layer, mean over all positions. Solid: fw, dashed: bw; "
             caption += f"thin: each seed, thick: mean. {_correlations(shown, windows)}{_scope(windows)}"
-            file = Path(table_name(f"blocks_influence{options.tag('p_bw', 'task')}", windows=windows)).stem
+            file = Path(table_name(f"blocks_influence{options.tag(*CHOICE)}", windows=windows)).stem
             told = describe([run for found in shown.values() for of in found.values() for run, _ in of]) + "."
             paths.append(save(study, figure, group, file, f"Block Influence of the layers, {study.heading(group)}", caption + told))
     return paths

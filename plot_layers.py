@@ -13,7 +13,7 @@ import numpy as np
 from cells import Cell, Study
 from compare import ORDER_WORDS, ORDERS, ablation, average, final, layer_values, with_layers, with_layers_of_both
 from drawing import (
-    METRIC_LABELS, UNDECIDED, UNITS, Options, by_group, coloured_cells, includes_one, label_ends, meaning, new_figure, panels, pick, plain_log_axis,
+    CHOICE, METRIC_LABELS, UNDECIDED, UNITS, Options, by_group, coloured_cells, includes_one, label_ends, meaning, new_figure, panels, pick, plain_log_axis,
     runs_of, save, variant_colours,
 )  # fmt: skip
 from report import describe, short
@@ -76,7 +76,7 @@ def _layer_bars(study: Study, options: Options, ratio: str, metric: str, kind: s
         caption += f" Hatched, not measured: {', '.join(gaps)}." if gaps else ""
         what = "over layers remaining" if kind == "cut" else "with one layer left out"
         title = f"{ratio[:5].title()} {ratio[5:]} of {METRIC_LABELS[metric]} {what}, {variant.label}, {study.heading(group)}"
-        name = f"layers_{'drop_' if kind == 'drop' else ''}{ratio}_{metric}" + options.tag("order", "p_bw", "task")
+        name = f"layers_{'drop_' if kind == 'drop' else ''}{ratio}_{metric}" + options.tag("order", *CHOICE)
         paths.append(save(study, figure, group, name, title, caption))
     return paths
 

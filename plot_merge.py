@@ -74,7 +74,8 @@ def merge(study: Study, options: Options = Options()) -> list[Path]:
 
 
 def _tag(variant: Variant) -> str:
-    return variant.task if variant.task in ("fw", "bw") else f"{variant.task}-{variant.p_bw:g}"
+    weight = f"-bw_weight-{variant.bw_weight:g}" * (variant.bw_weight != 1)
+    return variant.task if variant.task in ("fw", "bw") else f"{variant.task}-{variant.p_bw:g}{weight}"
 
 
 def _merge_panel(ax, pairs: list[Line], direction: str, colour: str, floor: tuple[float, float] | None) -> None:

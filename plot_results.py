@@ -21,10 +21,10 @@ from typing import Callable, Sequence
 
 import numpy as np
 
-from cells import BUDGETS, BW_ONLY, FW_ONLY, Study, choose, load
+from cells import BUDGETS, BW_ONLY, FW_ONLY, Study, load
 from compare import METRICS, ORDER_WORDS, ORDERS, average, common_grid, final, on_grid, ratio_curve, trajectory
 from drawing import (
-    COLOURS, DASHES, METRIC_LABELS, UNITS, X_LABELS, Options, by_group, label_ends, meaning, new_figure, numbered, pick,
+    CHOICE, COLOURS, DASHES, METRIC_LABELS, UNITS, X_LABELS, Options, by_group, label_ends, meaning, new_figure, numbered, pick,
     plain_log_axis, runs_of, save, smoothed, variant_colours,
 )  # fmt: skip
 from flags import Parser, one_sentence
@@ -168,7 +168,7 @@ def ratio1_training(study: Study, options: Options = Options()) -> list[Path]:
         caption = f"{meaning('ratio1', metric, variant.label)} Colour: width; dashes: depth. {ORDER_WORDS[order].capitalize()}; "
         caption += "band: 95 % t-interval over three seeds or more; " * (len(cells) <= 3)
         caption += f"moving average over {options.smooth} of 500 points. " if options.smooth > 1 else "not smoothed. "
-        tag = options.tag("metric", "x", "epochs", "order", "smooth", "log", "all_seeds", "p_bw", "task")
+        tag = options.tag("metric", "x", "epochs", "order", "smooth", "log", "all_seeds", *CHOICE)
         title = f"Ratio 1 over training, {variant.label}, {study.heading(group)}"
         caption += describe(runs_of(cells)) + "."
         paths.append(save(study, figure, group, "ratio1_training" + tag, title, caption))
@@ -178,7 +178,7 @@ def ratio1_training(study: Study, options: Options = Options()) -> list[Path]:
 def leak(study: Study, options: Options = Options()) -> list[Path]:
     """The published mask against the right one: bw loss and ratio 2 over training, where a study holds both masks."""
     paths = []
-    variant = choose(study, options.p_bw, options.task)
+    variant = options.chosen(study)
     flipped = {cell: by[variant] for cell, by in study.cells.items() if cell.group.bw_mask == "flipped" and variant in by}
     for cell, leaking in flipped.items():
         twins = study.cells.get(cell.with_mask("anticausal"), {})
@@ -220,7 +220,7 @@ def leak(study: Study, options: Options = Options()) -> list[Path]:
         caption += "a lower loss means that targets were seen. " if floor else "Ratio 2 clearly above 1 means that targets were seen. "
         caption += "Thin: each seed; thick: mean, geometric for the ratio. " + describe([*right.values(), *leaking.values(), *control.values()]) + "."
         title = f"The published backward mask and the right one: {cell.label} on {cell.group.data}, {variant.label}"
-        name = f"leak_{cell.depth}x{cell.width}" + options.tag("x", "p_bw", "task")
+        name = f"leak_{cell.depth}x{cell.width}" + options.tag("x", *CHOICE)
         paths.append(save(study, figure, cell.with_mask("anticausal").group, name, title, caption))
     return paths
 
@@ -255,6 +255,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--all_seeds", action="store_true", help="ratio1_training: each seed as a thin line, too")
     p.add_argument("--p_bw", type=float, help="which p_bw to compare with 0 (default: 0.05, or the only one)")
     p.add_argument("--task", default="fw+bw", choices=("fw+bw", "fw-or-bw", "adaptive"), help="which task, if several have this p_bw")
+    p.add_argument("--bw_weight", type=float, help="which weight of the bw loss, if several were trained (default: 1, or the only one)")
     p.add_argument("--report", action="store_true", help="write the study's README.md from its tables instead of drawing")
     return p
 
@@ -290,7 +291,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     for folder in folders:
         study = load(folder, options.seeds, options.budget)
         if args.report:
-            print(write_readme(study, choose(study, options.p_bw, options.task)))
+            print(write_readme(study, options.chosen(study)))
         else:
             paths += draw(study, args.figure, options)
             print(f"\n{summary(study)}")

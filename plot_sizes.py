@@ -14,7 +14,7 @@ from matplotlib.ticker import NullLocator
 from cells import BW_ONLY, FW_ONLY, Cell, Study, variants
 from compare import ORDER_WORDS, ORDERS, Ratios, average, bw_against_bw_only, final_ratio, log_ratios, ratio_curve, window_log_ratios, windows
 from drawing import (
-    METRIC_LABELS, UNDECIDED, Options, by_group, coloured_cells, includes_one, label_ends, meaning, new_figure, pick, plain_log_axis, runs_of,
+    CHOICE, METRIC_LABELS, UNDECIDED, Options, by_group, coloured_cells, includes_one, label_ends, meaning, new_figure, pick, plain_log_axis, runs_of,
     save, variant_colours,
 )  # fmt: skip
 from report import describe, short
@@ -57,7 +57,7 @@ def ratio1_heatmap(study: Study, options: Options = Options()) -> list[Path]:
         caption = f"{meaning('ratio1', metric, variant.label)} Right: the same of bw. {when}, {ORDER_WORDS[order]}. {UNDECIDED}" + describe(runs_of(cells)) + "."
         caption += f" Hatched, no pair: {', '.join(missing)}." if missing else ""
         title = f"Ratio 1 of {METRIC_LABELS[metric]} by depth and width, {variant.label}, {study.heading(group)}"
-        name = "ratio1_heatmap" + options.tag("metric", "epochs", "order", "p_bw", "task")
+        name = "ratio1_heatmap" + options.tag("metric", "epochs", "order", *CHOICE)
         paths.append(save(study, figure, group, name, title, caption))
     return paths
 
@@ -182,7 +182,7 @@ def _by_size(study: Study, options: Options, ratio: str) -> list[Path]:
         missed = {row: [cell.label for cell, terms in cells.items() if row not in windows(terms, options.axis, options.epochs)] for row in rows}
         caption += "".join(f"Not in {row}: {', '.join(labels)}. " for row, labels in missed.items() if labels)
         caption += "early: the first epoch; late: the second half. " if not options.epochs else ""
-        name = f"{ratio}_by_size" + options.tag("metric", "epochs", "order", "p_bw", "task")
+        name = f"{ratio}_by_size" + options.tag("metric", "epochs", "order", *CHOICE)
         title = f"{ratio[:5].title()} {ratio[5:]} of {METRIC_LABELS[metric]} by size, {variant.label}, {study.heading(group)}"
         paths.append(save(study, figure, group, name, title, caption + describe(runs_of(cells)) + "."))
     return paths

@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
 from matplotlib.ticker import NullLocator
 
-from cells import BUDGETS, BW_ONLY, FW_ONLY, Cell, Study, Variant, choose, corpus_tokens
+from cells import BUDGETS, BW_ONLY, FW_ONLY, Cell, Study, Variant, corpus_tokens
 from compare import bw_against_bw_only, final, log_ratios, lowest, share_of_the_way, value_at
-from drawing import COLOURS, DASHES, Options, label_ends, label_points, new_figure, plain_log_axis, save, variant_colours
+from drawing import CHOICE, COLOURS, DASHES, Options, label_ends, label_points, new_figure, plain_log_axis, save, variant_colours
 from report import describe, floor_of, interval, short
 from runs import Run
 from stats import mean_interval
@@ -28,7 +29,7 @@ TASK_LABELS = {"fw+bw": "fw plus bw", "fw-or-bw": "fw or bw", "adaptive": "adapt
 
 def pareto(study: Study, options: Options = Options()) -> list[Path]:
     """fw loss against bw loss at the end of training: a panel for each size with several p_bw, and one for all sizes."""
-    paths, chosen = [], choose(study, options.p_bw, options.task)
+    paths, chosen = [], options.chosen(study)
     for group in study.groups:
         cells = [cell for cell in study.cells if cell.group == group and set(study.cells[cell]) - {FW_ONLY, BW_ONLY}]
         swept = [cell for cell in cells if len(set(study.cells[cell]) - {FW_ONLY, BW_ONLY}) > 1]
@@ -54,13 +55,14 @@ def pareto(study: Study, options: Options = Options()) -> list[Path]:
         runs = [run for by in shown.values() for seeds in by.values() for run in seeds.values()]
         where = "at the end of training" if options.budget == "tokens" else f"at equal {options.equal}, where the first run of a sweep ends"
         caption = f"Validation loss {where}; down and left is better. Small: each seed; large: mean over seeds with 95 % t-intervals, which may "
-        caption += "reach out of the picture; lines join rising p_bw within a task. "
+        weighed = any(variant.bw_weight != 1 for by in shown.values() for variant in by)
+        caption += f"reach out of the picture; lines join rising p_bw within a task{' and bw_weight (behind the x)' * weighed}. "
         caption += "All sizes: colour tells the width, marker the depth. " if together else ""
         if swept:
             caption += "Grey lines and bands: models trained in one direction only, with their interval; their other loss is far off the scale. "
         caption += _enough(study, cells, options) + describe(runs) + "."
         title = f"What p_bw buys: fw loss against bw loss, {study.heading(group)}"
-        paths.append(save(study, figure, group, "pareto" + options.tag("p_bw", "task"), title, caption))
+        paths.append(save(study, figure, group, "pareto" + options.tag(*CHOICE), title, caption))
     return paths
 
 
@@ -75,7 +77,7 @@ def _values(by: dict[Variant, dict], budget: str) -> Callable[[Run, str], float]
 
 def _enough(study: Study, cells: list[Cell], options: Options) -> str:
     """How near the chosen p_bw comes to bw only, in numbers, where the control was trained."""
-    variant = choose(study, options.p_bw, options.task)
+    variant = options.chosen(study)
     found = {cell: terms for cell, terms in bw_against_bw_only(study, variant).items() if cell in cells}
     text = ""
     for cell, terms in found.items():
@@ -88,13 +90,16 @@ def _enough(study: Study, cells: list[Cell], options: Options) -> str:
 def _sweep_panel(ax, by: dict[Variant, dict], value: Callable[[Run, str], float]) -> None:
     labels, bounds = [], ([], [])
     by = {v: seeds for v, seeds in by.items() if all(np.isfinite(value(run, "bw_loss")) for run in seeds.values())}
-    for task in dict.fromkeys(variant.task for variant in by if variant not in (FW_ONLY, BW_ONLY)):
+    swept = [variant for variant in by if variant not in (FW_ONLY, BW_ONLY)]
+    for task in dict.fromkeys(variant.task for variant in swept):
         colour, marker = TASK_STYLES.get(task, ("#000000", "^"))  # a task of one's own
-        means = [_cross(ax, seeds.values(), colour, marker, bounds, value) for variant, seeds in by.items() if variant.task == task]
-        names = [f"{100 * variant.p_bw:g} %" if task != "adaptive" else "" for variant in by if variant.task == task]
-        if means:
-            ax.plot(*np.array(means).T, "-", color=colour, linewidth=1, marker=marker, markersize=5, label=TASK_LABELS.get(task, task))
-        labels += [(*mean, name, colour) for mean, name in zip(means, names)]
+        for weight, dash in zip(sorted({variant.bw_weight for variant in swept if variant.task == task}, key=lambda w: (w != 1, w)), cycle(DASHES)):
+            line = [variant for variant in swept if (variant.task, variant.bw_weight) == (task, weight)]
+            means = [_cross(ax, by[variant].values(), colour, marker, bounds, value) for variant in line]
+            name = TASK_LABELS.get(task, task) + f", bw_weight {weight:g}" * (weight != 1)
+            ax.plot(*np.array(means).T, dash, color=colour, linewidth=1, marker=marker, markersize=5, label=name)
+            names = [(f"{100 * variant.p_bw:g} %" if task != "adaptive" else "") + f" x {weight:g}" * (weight != 1) for variant in line]
+            labels += [(*mean, name, colour) for mean, name in zip(means, names)]
     for variant, column, axis in ((FW_ONLY, "fw_loss", 0), (BW_ONLY, "bw_loss", 1)):
         if variant in by:
             bounds[axis].extend(value(run, column) for run in by[variant].values())
@@ -106,7 +111,7 @@ def _sweep_panel(ax, by: dict[Variant, dict], value: Callable[[Run, str], float]
             if np.isfinite(half):
                 (ax.axvspan if upright else ax.axhspan)(mean - half, mean + half, color="0.55", alpha=0.15, linewidth=0)
             _edge_note(ax, mean, f"{'fw only' if upright else 'bw only'} {mean:.3f}", upright)
-    if len({variant.task for variant in by} - {"fw", "bw"}) > 1:
+    if len({(variant.task, variant.bw_weight) for variant in swept}) > 1:
         ax.legend(fontsize=7, frameon=False, loc="upper right")
     label_points(ax, labels)
 

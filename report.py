@@ -54,7 +54,7 @@ def describe(runs: Iterable[Run]) -> str:
     means, peaks = zip(*(tokens_per_step(run) for run in runs))
     parts = [
         "Data " + ", ".join(sorted({run.config["data"]["name"] for run in runs})),
-        ", ".join(v.label for v in sorted({variant_of(run) for run in runs}, key=lambda v: (v.p_bw, v.task))),
+        ", ".join(v.label for v in sorted({variant_of(run) for run in runs}, key=lambda v: v.place)),
         f"n = {_span(numbers)} seed{'s' * (max(numbers) > 1)} ({', '.join(map(str, seeds))})",
         f"{_span(run.curve['step'].max() for run in runs)} optimiser steps",
         f"{_span(means)} tokens per step on average"
@@ -124,14 +124,15 @@ def summary(study: Study | str | Path) -> str:
     for cell, by in study.cells.items():
         runs = [run for seeds in by.values() for run in seeds.values()]
         lines += [f"{study.name(cell)}, {short(cell.params)} parameters. {describe(runs)}.", ""]
-        lines += [f"    {'loss, nats per token':<22}{'fw':>9}{'bw':>9}"]
+        wide = max(20, *(len(variant.label) for variant in by)) + 2
+        lines += [f"    {'loss, nats per token':<{wide}}{'fw':>9}{'bw':>9}"]
         for variant, seeds in by.items():
             means = [np.mean([final(run, f"{direction}_loss") for run in seeds.values()]) for direction in ("fw", "bw")]
             untrained = [direction for direction in ("fw", "bw") if not variant.trains(direction)]
             remark = f"    ({untrained[0]} was not trained)" if untrained else ""
-            lines += [f"    {variant.label:<22}{means[0]:>9.3f}{means[1]:>9.3f}{remark}"]
+            lines += [f"    {variant.label:<{wide}}{means[0]:>9.3f}{means[1]:>9.3f}{remark}"]
         if floor := floor_of(runs):
-            lines += [f"    {'entropy floor':<22}{floor[0]:>9.3f}{floor[0]:>9.3f}    (no model can get below it)"]
+            lines += [f"    {'entropy floor':<{wide}}{floor[0]:>9.3f}{floor[0]:>9.3f}    (no model can get below it)"]
         lines += [""]
         for variant in by:
             lines += _ratio_lines(study, cell, variant)

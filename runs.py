@@ -264,12 +264,14 @@ def run_name(settings: dict[str, Any]) -> str:
 def trained_on(folder: str | Path) -> str:
     """"p_bw = 0.05" or "bw only", of a run that a table knows by the path of its folder.
 
-    Only config.json, here or below the project's folder, tells bw only from bw on all that fw learns; where it is gone, both are "p_bw = 1".
+    Only config.json, here or below the project's folder, tells bw only from bw on all that fw learns, and knows of a bw_weight; where it
+    is gone, all that the folder's name says is p_bw.
     """
     for place in (Path(folder), Path(__file__).parent / folder):
         try:
-            if read_config(place)["settings"]["task"] == "bw":
-                return "bw only"
+            settings = read_config(place)["settings"]
+            weight = settings.get("bw_weight", 1)
+            return "bw only" if settings["task"] == "bw" else f"p_bw = {settings['p_bw']:g}" + f" with bw_weight = {weight:g}" * (weight != 1)
         except (RunError, KeyError):
             pass
     return f"p_bw = {RUN_NAME.fullmatch(Path(folder).name)['p_bw']}"

@@ -273,8 +273,9 @@ def _made(study: Study) -> str:
     lines += _measured(study.folder, "eval_layers.py", "layers") * (not study.fine_tuned) + _measured(study.folder, "eval_context.py", "context")
     lines += _measured(study.folder, "eval_reversal.py", "reversal")
     lines += _merged(study.folder, {run.name: run for run in runs})
-    other = sorted({found[1] for path in study.folder.glob("figures/*.png") if (found := re.search(r"_p_bw-([\d.]+?)(?:_|\.png)", path.name))})
-    lines += [f"python plot_results.py {study.folder}", *(f"python plot_results.py {study.folder} --p_bw {p_bw}" for p_bw in other)]
+    chosen = (re.findall(r"_(p_bw|bw_weight)-([\d.]+?)(?=_|\.png)", path.name) for path in study.folder.glob("figures/*.png"))
+    flags = sorted({"".join(f" --{name} {value}" for name, value in found) for found in chosen} | {""})
+    lines += [f"python plot_results.py {study.folder}{some}" for some in flags]
     lines += [f"python plot_results.py {study.folder} --report"]
     seconds = sum(run.finished.get("seconds", 0) for run in runs)
     spent = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.0f} minutes"
