@@ -1,8 +1,8 @@
-"""The tables of README.md and figures/*.png: python results/rare-passes/table.py
+"""The tables and pairs of README.md, and figures/backward_tokens.png: python results/rare-passes/table.py
 
 What a backward token teaches, in runs where backward passes are rare, against *bw only* after as many backward tokens, seed by
-seed. The runs of bw-only/ are the beginnings of bw only, evaluated often: `--eval_every` and the end of a run change nothing
-of what is learned, so two runs that end at different places are one, and are checked to be.
+seed. The runs of bw-only/ are the beginnings of bw only, evaluated often: how often a run is evaluated and where it ends change
+nothing of what is learned, so runs that end at different places are one, and are checked to be.
 """
 
 import sys
@@ -16,28 +16,35 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent
 sys.path.insert(0, str(RESULTS.parent))
 from cells import BW_ONLY, FW_ONLY, Variant, variant_of  # noqa: E402
-from compare import Term, common_grid, final, log_ratios, on_grid, trajectory  # noqa: E402
+from compare import Term, common_grid, final, log_ratios, on_grid, trajectory, value_at  # noqa: E402
 from drawing import COLOURS, label_ends, new_figure, plain_log_axis, write_png  # noqa: E402
 from report import interval, markdown_table, plus_minus  # noqa: E402
 from runs import Run, read_study  # noqa: E402
 
-P5, P100 = Variant("fw+bw", 0.05), Variant("fw+bw", 1.0)
+P5, P50, P100 = (Variant("fw+bw", p_bw) for p_bw in (0.05, 0.5, 1.0))
+SPREAD, WEIGHTED = "micro-batches/wikipedia-4k", "rare-passes/weighted"
 Seeds = dict[int, Run]
 
 
 def select(study: str, variant: Variant, data: str = "wikipedia-4k", size: tuple[int, int] = (4, 128)) -> Seeds:
     """The finished runs of a study, by seed."""
-    return {run["seed"]: run for run in read_study(RESULTS / study) if run.finished and variant_of(run) == variant
-            and (run.config["data"]["name"], run["depth"], run["width"], run["bw_mask"], run.settings.get("dropout") or 0)
-            == (data, *size, "anticausal", 0)}  # fmt: skip
+    found = [run for run in read_study(RESULTS / study) if run.finished and variant_of(run) == variant
+             and (run.config["data"]["name"], run["depth"], run["width"], run["bw_mask"], run.settings.get("dropout") or 0)
+             == (data, *size, "anticausal", 0)]  # fmt: skip
+    assert len({run["seed"] for run in found}) == len(found)
+    return {run["seed"]: run for run in found}
 
 
-def joined(runs: list[Run]) -> Run:
-    """Runs of which each is the beginning of the next, as one."""
+def joined(runs: list[Run], long: Run) -> Run:
+    """Beginnings of one run, and its later rows from `long`. Where they overlap they are the same: to the last digit among the
+    beginnings, within 2 % where `long`, of another machine perhaps, has a row between two of theirs."""
     curve = pd.concat([run.curve for run in runs])
-    same = curve.groupby("step")[["tokens_bw", "fw_loss", "bw_loss"]].nunique()
-    assert (same == 1).all(axis=None), runs
-    return replace(runs[-1], curve=curve.drop_duplicates("step").sort_values("step"))
+    assert (curve.groupby("step")[["tokens_bw", "fw_loss", "bw_loss"]].nunique() == 1).all(axis=None), runs
+    first = replace(runs[-1], curve=curve.drop_duplicates("step").sort_values("step"))
+    end = final(first, "step")
+    for row in long.curve[long.curve["step"] <= end].itertuples():
+        assert abs(value_at(first, "bw_loss", "step", row.step) / row.bw_loss - 1) < 0.02, (long.name, row.step)
+    return replace(first, curve=pd.concat([first.curve, long.curve[long.curve["step"] > end]]))
 
 
 def bw_only(study: str, data: str = "wikipedia-4k", size: tuple[int, int] = (4, 128)) -> Seeds:
@@ -46,16 +53,12 @@ def bw_only(study: str, data: str = "wikipedia-4k", size: tuple[int, int] = (4, 
     for run in read_study(HERE / "bw-only"):
         if run.finished and (run.config["data"]["name"], run["depth"], run["width"]) == (data, *size):
             beginnings.setdefault(run["seed"], []).append(run)
-    whole, long = {}, select(study, BW_ONLY, data, size)
-    for seed, runs in ((seed, runs) for seed, runs in beginnings.items() if seed in long):
-        first = joined(sorted(runs, key=lambda run: final(run, "step")))
-        later = long[seed].curve
-        whole[seed] = replace(first, curve=pd.concat([first.curve, later[later["step"] > final(first, "step")]]))
-    return whole
+    return {seed: joined(sorted(beginnings[seed], key=lambda run: final(run, "step")), long)
+            for seed, long in select(study, BW_ONLY, data, size).items() if seed in beginnings}  # fmt: skip
 
 
 def as_good(run: Run, loss: float) -> float:
-    """The backward tokens after which the run's bw loss was down to `loss`, interpolated in log-log; NaN if it began lower or never was."""
+    """The backward tokens after which a run's bw loss was first down to `loss`, interpolated in log-log; NaN where it began lower or never was."""
     tokens, losses = trajectory(run, "bw_loss", "tokens_bw")
     losses = np.minimum.accumulate(losses)
     if not losses[-1] <= loss <= losses[0]:
@@ -63,53 +66,64 @@ def as_good(run: Run, loss: float) -> float:
     return float(np.exp(np.interp(-np.log(loss), -np.log(losses), np.log(tokens))))
 
 
-def worth(name: str, runs: Seeds, alone: Seeds) -> list[str]:
+def span(values: np.ndarray) -> str:
+    low, high = f"{values.min() / 1e6:.2f}", f"{values.max() / 1e6:.2f}"
+    return f"{low} M" if low == high else f"{low} to {high} M"
+
+
+def worth(text: str, name: str, runs: Seeds, alone: Seeds) -> list[str]:
     """A row: what a run's backward tokens taught it, and how many bw only needs for as much."""
     seeds = sorted(set(runs) & set(alone))
     terms = [Term(seed, runs[seed], "bw_loss", alone[seed], "bw_loss", "tokens_bw") for seed in seeds]
     own, losses = (np.array([final(runs[seed], column) for seed in seeds]) for column in ("tokens_bw", "bw_loss"))
     needed = np.array([as_good(alone[seed], loss) for seed, loss in zip(seeds, losses)])
-    return [name, str(len(seeds)), f"{own.min() / 1e6:.2f} to {own.max() / 1e6:.2f} M", plus_minus(losses, 2), interval(log_ratios(terms), 3),
-            f"{needed.min() / 1e6:.2f} to {needed.max() / 1e6:.2f} M", interval(np.log(needed / own), 2)]  # fmt: skip
+    return [text, name, str(len(seeds)), span(own), plus_minus(losses, 2), interval(log_ratios(terms), 3), span(needed), interval(np.log(needed / own), 2)]
 
 
-WORTH = ("p_bw = 0.05", "n", "its backward tokens", "its bw loss, nats", "/ that of bw only after as many", "bw only is as good after", "a backward token is worth")
-texts = {
-    "wikipedia-4k, 4 x 128": (bw_only("wikipedia-4k-long"), {
-        "4,000 steps, one micro-batch": select("wikipedia-4k-long", P5),
-        "2,000 steps, one micro-batch": select("wikipedia-4k", P5),
-        "2,000 steps, 16 micro-batches": select("micro-batches/wikipedia-4k", P5),
-    } | {f"the same, bw_weight = {weight:g}": select("rare-passes/weighted", Variant("fw+bw", 0.05, weight)) for weight in (5.0, 20.0)}),
-    "wikipedia-4k, 4 x 256": (bw_only("wikipedia-4k-long", size=(4, 256)), {
-        "4,000 steps, one micro-batch": select("wikipedia-4k-long", P5, size=(4, 256)),
-    }),
-    "toyworld, 4 x 128": (bw_only("toyworld-long", "toyworld"), {
-        "1,831 steps, one micro-batch": select("toyworld-long", P5, "toyworld"),
-        "1,831 steps, 16 micro-batches": select("micro-batches/toyworld", P5, "toyworld"),
-    }),
-}  # fmt: skip
-for text, (alone, ways) in texts.items():
-    print(f"\n{text}\n" + markdown_table(WORTH, [worth(name, runs, alone) for name, runs in ways.items() if set(runs) & set(alone)]))
+def only(runs: Seeds, seeds: Seeds) -> Seeds:
+    return {seed: run for seed, run in runs.items() if seed in seeds}
+
+
+def pairs(top: Seeds, bottom: Seeds, column: str) -> str:
+    seeds = sorted(set(top) & set(bottom))
+    return interval(log_ratios([Term(seed, top[seed], column, bottom[seed], column) for seed in seeds]), 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a backward token is worth
+# ---------------------------------------------------------------------------------------------------------------------
+
+alone = {"Wikipedia, 4 x 128": bw_only("wikipedia-4k-long"), "Wikipedia, 4 x 256": bw_only("wikipedia-4k-long", size=(4, 256)),
+         "toyworld, 4 x 128": bw_only("toyworld-long", "toyworld")}  # fmt: skip
+spread, weighted = select(SPREAD, P5), {weight: select(WEIGHTED, Variant("fw+bw", 0.05, weight)) for weight in (5.0, 20.0)}
+some = only(spread, weighted[20.0])
+rows = [
+    ("Wikipedia, 4 x 128", "16.4 M, one micro-batch", select("wikipedia-4k-long", P5)),
+    ("Wikipedia, 4 x 128", "8.2 M, one micro-batch", select("wikipedia-4k", P5)),
+    ("Wikipedia, 4 x 128", "8.2 M, 16 micro-batches", spread),
+    ("Wikipedia, 4 x 128", "the same, seeds 100 to 102", some),
+    *(("Wikipedia, 4 x 128", f"... with bw_weight = {weight:g}", runs) for weight, runs in weighted.items()),
+    ("Wikipedia, 4 x 256", "16.4 M, one micro-batch", select("wikipedia-4k-long", P5, size=(4, 256))),
+    ("toyworld, 4 x 128", "7.5 M, one micro-batch", select("toyworld-long", P5, "toyworld")),
+    ("toyworld, 4 x 128", "7.5 M, 16 micro-batches", select("micro-batches/toyworld", P5, "toyworld")),
+]
+columns = ("text, size", "p_bw = 0.05: total tokens, per step", "n", "its backward tokens", "its bw loss, nats", "/ that of bw only after as many", "bw only is as good after", "worth")
+print(markdown_table(columns, [worth(text, name, runs, alone[text]) for text, name, runs in rows]))
+for name, runs in (("weight 5", weighted[5.0]), ("weight 20", weighted[20.0])):
+    gain = [np.log(as_good(alone["Wikipedia, 4 x 128"][seed], final(runs[seed], "bw_loss")) / as_good(alone["Wikipedia, 4 x 128"][seed], final(some[seed], "bw_loss"))) for seed in sorted(runs)]
+    print(f"weight 1 / {name}, same seeds: fw loss {pairs(some, runs, 'fw_loss')}, bw loss {pairs(some, runs, 'bw_loss')}; worth, {name} / 1: {interval(np.array(gain), 1)}")
+    print(f"p_bw = 0.5 / {name}: fw loss", pairs(select("wikipedia-4k", P50), runs, "fw_loss"), "bw loss", pairs(select("wikipedia-4k", P50), runs, "bw_loss"))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a larger weight buys, and what it costs
 # ---------------------------------------------------------------------------------------------------------------------
 
-SPREAD = "micro-batches/wikipedia-4k"
-fw_only, alone = select(SPREAD, FW_ONLY), select("wikipedia-4k", BW_ONLY)
-rows = []
-for name, runs, control in (
-    *((f"0.05, bw_weight = {weight:g}", select(SPREAD if weight == 1 else "rare-passes/weighted", Variant("fw+bw", 0.05, weight)), fw_only) for weight in (1.0, 5.0, 20.0)),
-    ("0.5, one micro-batch", select("wikipedia-4k", Variant("fw+bw", 0.5)), select("wikipedia-4k", FW_ONLY)),
-):  # fmt: skip
-    pairs = [[Term(seed, some[seed], column, others[seed], column) for seed in sorted(set(some) & set(others))]
-             for some, others, column in ((control, runs, "fw_loss"), (runs, alone, "bw_loss"))]  # fmt: skip
-    if not runs:
-        continue
-    fw, bw = ([final(run, column) for run in runs.values()] for column in ("fw_loss", "bw_loss"))
-    rows.append([name, str(len(runs)), plus_minus(fw, 3), interval(log_ratios(pairs[0]), 3), plus_minus(bw, 3), interval(log_ratios(pairs[1]), 3)])
-print("\n" + markdown_table(("p_bw", "n", "fw loss", "ratio 1", "bw loss", "/ bw only"), rows))
-
+rows, fw_only, whole = [], select(SPREAD, FW_ONLY), select("wikipedia-4k", BW_ONLY)
+ways = [("0.05", spread), ("0.05, seeds 100 to 102", some), *((f"0.05 with bw_weight = {weight:g}", runs) for weight, runs in weighted.items())]
+for name, runs, control in (*((*way, fw_only) for way in ways), ("0.5, one micro-batch", select("wikipedia-4k", P50), select("wikipedia-4k", FW_ONLY))):
+    fw, bw = (plus_minus([final(run, column) for run in runs.values()], 3) for column in ("fw_loss", "bw_loss"))
+    rows.append([name, str(len(runs)), fw, pairs(control, runs, "fw_loss"), bw, pairs(runs, whole, "bw_loss")])
+print("\n" + markdown_table(("p_bw", "n", "fw loss", "ratio 1", "bw loss", "/ bw only, equal total tokens"), rows))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The picture
@@ -136,25 +150,24 @@ def draw_lines(ax, lines: dict[str, Seeds]) -> None:
     label_ends(ax, labels)
 
 
-figure, axes = new_figure(1, 2, (13, 5))
 panels = {
     "Wikipedia in 3,999 tokens": {
-        "bw only": texts["wikipedia-4k, 4 x 128"][0], "p_bw = 1": select("wikipedia-4k-long", P100),
-        "p_bw = 0.05": select("wikipedia-4k-long", P5), "0.05, 16 micro-batches": select(SPREAD, P5),
-        "... with bw_weight = 20": select("rare-passes/weighted", Variant("fw+bw", 0.05, 20.0)),
+        "bw only": alone["Wikipedia, 4 x 128"], "p_bw = 1": select("wikipedia-4k-long", P100), "p_bw = 0.05": select("wikipedia-4k-long", P5),
+        "0.05, 16 micro-batches": spread, "... with bw_weight = 5": weighted[5.0], "... with bw_weight = 20": weighted[20.0],
     },
     "toyworld": {
-        "bw only": texts["toyworld, 4 x 128"][0], "p_bw = 1": select("toyworld-long", P100, "toyworld"),
+        "bw only": alone["toyworld, 4 x 128"], "p_bw = 1": select("toyworld-long", P100, "toyworld"),
         "p_bw = 0.05": select("toyworld-long", P5, "toyworld"), "0.05, 16 micro-batches": select("micro-batches/toyworld", P5, "toyworld"),
     },
 }  # fmt: skip
+figure, axes = new_figure(1, 2, (13, 5))
 for ax, (title, lines) in zip(axes[0], panels.items()):
     draw_lines(ax, lines)
     ax.set_title(title, fontsize=9, loc="left")
 figure.suptitle("What a backward token teaches, when there are few among the forward ones: 4 x 128", fontsize=11)
-caption = "Thin: each seed; thick: mean over seeds, where all of them were evaluated. Steps of 4,096 tokens; p_bw = 0.05 takes some twenty steps for each that learns backward."
+caption = "Thin: each seed; thick: mean over seeds, where all of them were evaluated. Steps of 4,096 tokens, one micro-batch where nothing else is said; with p_bw = 0.05 one step in twenty has a backward pass then, with 16 micro-batches most have."
 figure.text(0.01, -0.01, caption, fontsize=7, color="0.3", va="top")
 path = HERE / "figures" / "backward_tokens.png"
 path.parent.mkdir(exist_ok=True)
 write_png(figure, path)
-print("\n" + str(path))
+print(f"\n{path}")
