@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Sequence
@@ -164,7 +165,7 @@ def choose(study: Study, p_bw: float | None = None, task: str = "fw+bw", bw_weig
     both = [v for v in variants(study) if v not in (FW_ONLY, BW_ONLY) and v.task in ("fw+bw", "fw-or-bw", "adaptive")]
     for name, value in (("p_bw", p_bw), ("bw_weight", bw_weight)):
         if value is not None:
-            both = [v for v in both if getattr(v, name) == value]
+            both = [v for v in both if math.isclose(getattr(v, name), value, rel_tol=1e-5)]  # as many digits as a file's name has
             if not both:
                 study.note(f"no finished run has {name} = {value:g}")
                 return None

@@ -80,7 +80,7 @@ def growth_with_size(ratio: Callable[[Study, Variant], Ratios]) -> Measure:
 
 
 def learned_backward(scope: Scope) -> dict[str, list[Run]]:
-    """Of every p_bw, the highest last: whether a mask leaks shows best where the bw task was trained most."""
+    """Of everything trained backward, the highest p_bw last: whether a mask leaks shows best where the bw task was trained most."""
     return {f"{cell.label}, {variant.label}": [run for _, run in sorted(seeds.items())] for cell, by in scope.cells().items()
             for variant, seeds in by.items() if variant.trains("bw") and floor_of(seeds.values())}  # fmt: skip
 

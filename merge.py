@@ -10,6 +10,7 @@ are replaced. Runs of one seed share their initial weights, without which there 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,13 +64,15 @@ def merge(folder_a: Path, folder_b: Path, points: int, device: str, batch_tokens
 
 
 def pairs(study: Path, p_bw: tuple[float, float]) -> list[tuple[Path, Path]]:
-    """The folders of finished runs that differ in p_bw alone, from the first of its values to the second."""
-    alike: dict[str, dict[float, Path]] = {}
+    """The folders of finished runs that differ in p_bw alone, from the first of its values to the second; p_bw = 0 is a partner of every bw_weight."""
+    alike: dict[str, tuple[list, list]] = {}
     for run in finished([study]):
         if run["task"] == "fw+bw" and run["p_bw"] in p_bw:
-            others = {name: value for name, value in (LATER_SETTINGS | run.settings).items() if name not in (*OPERATIONAL, "p_bw")}
-            alike.setdefault(json.dumps(others, sort_keys=True), {})[run["p_bw"]] = run.folder
-    return [(found[p_bw[0]], found[p_bw[1]]) for found in alike.values() if len(found) == 2]
+            settings = LATER_SETTINGS | run.settings
+            others = {name: value for name, value in settings.items() if name not in (*OPERATIONAL, "p_bw", "bw_weight")}
+            sides = alike.setdefault(json.dumps(others, sort_keys=True), ([], []))
+            sides[p_bw.index(run["p_bw"])].append((settings["bw_weight"], run.folder))
+    return [(a, b) for sides in alike.values() for (weight, a), (other, b) in itertools.product(*sides) if weight == other or 0 in p_bw]
 
 
 @one_sentence

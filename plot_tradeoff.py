@@ -93,12 +93,12 @@ def _sweep_panel(ax, by: dict[Variant, dict], value: Callable[[Run, str], float]
     swept = [variant for variant in by if variant not in (FW_ONLY, BW_ONLY)]
     for task in dict.fromkeys(variant.task for variant in swept):
         colour, marker = TASK_STYLES.get(task, ("#000000", "^"))  # a task of one's own
-        for weight, dash in zip(sorted({variant.bw_weight for variant in swept if variant.task == task}, key=lambda w: (w != 1, w)), cycle(DASHES)):
+        for weight, dash, sign in zip(sorted({variant.bw_weight for variant in swept if variant.task == task}, key=lambda w: (w != 1, w)), cycle(DASHES), cycle((marker, "^", "v", "P"))):
             line = [variant for variant in swept if (variant.task, variant.bw_weight) == (task, weight)]
-            means = [_cross(ax, by[variant].values(), colour, marker, bounds, value) for variant in line]
+            means = [_cross(ax, by[variant].values(), colour, sign, bounds, value) for variant in line]
             name = TASK_LABELS.get(task, task) + f", bw_weight {weight:g}" * (weight != 1)
-            ax.plot(*np.array(means).T, dash, color=colour, linewidth=1, marker=marker, markersize=5, label=name)
-            names = [(f"{100 * variant.p_bw:g} %" if task != "adaptive" else "") + f" x {weight:g}" * (weight != 1) for variant in line]
+            ax.plot(*np.array(means).T, dash, color=colour, linewidth=1, marker=sign, markersize=5, label=name)
+            names = [((f"{100 * variant.p_bw:g} %" if task != "adaptive" else "") + f" x {weight:g}" * (weight != 1)).strip() for variant in line]
             labels += [(*mean, name, colour) for mean, name in zip(means, names)]
     for variant, column, axis in ((FW_ONLY, "fw_loss", 0), (BW_ONLY, "bw_loss", 1)):
         if variant in by:

@@ -30,7 +30,7 @@ class Settings:
     task: str = Option("fw+bw", "fw+bw: fw always, with probability p_bw also bw on the same tokens (the article's); "
                        "fw-or-bw: bw with probability p_bw, else fw; adaptive: fw+bw with p_bw = ppl_bw / ppl_fw, from 0.01 to 1", choices=TASKS)
     p_bw: float = Option(0.05, "probability that a micro-batch is (also) learned backward; 0 is fw only", 0, 1)
-    bw_weight: float = Option(1.0, "weight of the bw loss beside the fw loss's 1; 1 / p_bw gives both the same share of the gradient, on average", 0.0001)
+    bw_weight: float = Option(1.0, "weight of the bw loss in the gradient, beside 1 of the fw loss; with task fw+bw, 1 / p_bw gives both the same sum of weights, on average", 0.0001)
     bw_mask: str = Option("anticausal", "flipped is the article's published mask; it leaks the targets", choices=("anticausal", "flipped"))
     direction_tokens: bool = Option(True, "tell the model its direction, and score the same tokens in both")
     unique_tokens: float | None = Option(None, "use only the first N tokens of the training split; an epoch is one pass over them", 3)

@@ -16,7 +16,7 @@ from typing import Iterable
 
 import numpy as np
 
-from cells import BUDGET_WORDS, BUDGETS, BW_ONLY, FW_ONLY, Cell, Group, Study, Variant, choose, corpus_tokens, variants
+from cells import BUDGET_WORDS, BUDGETS, BW_ONLY, FW_ONLY, Cell, Group, Study, Variant, choose, corpus_tokens, variant_of, variants
 from compare import (
     Ratios, Term, against_alone, bw_against_bw_only, corrected, final, log_ratios, lowest, meeting_point, paired, ratio1, ratio2,
     ratio2_separate, steps_at, window_log_ratios, windows,
@@ -98,7 +98,7 @@ def _losses(study: Study) -> str:
     return _section("Losses and ratios", *parts, f"""
         Validation loss in nats per token at the end of each run: mean over seeds ± half of its 95 % t-interval; *italic*: this direction was
         never trained. Ratio 1 = fw loss (p_bw = 0) / fw loss (this row), above 1: the two-direction model is the better forward model. p: paired
-        t-test of ratio 1 against 1, corrected by Holm over the sizes of this table with the same p_bw. Ratio 2 = fw loss / bw loss of one model
+        t-test of ratio 1 against 1, corrected by Holm over the sizes of this table that were trained on the same. Ratio 2 = fw loss / bw loss of one model
         (of separate models: fw only / bw only). bw / bw only: 1 is learned as well as by a model that learns nothing else. Ratios: geometric
         mean over seeds [95 % t-interval of the paired log-ratios], at equal {BUDGET_WORDS[study.budget]}.""")
 
@@ -302,8 +302,12 @@ def _merged(folder: Path, runs: dict[str, Run]) -> list[str]:
     if not (folder / "merge.csv").exists():
         return []
     pairs = read_table(folder / "merge.csv", MERGE_COLUMNS)[["run_a", "run_b"]].drop_duplicates().to_numpy()
-    known = {(runs[a]["p_bw"], runs[b]["p_bw"]) for a, b in pairs if {a, b} <= runs.keys()}
-    return [f"python merge.py {folder} --p_bw {a:g} {b:g}" for a, b in sorted(known)]
+    commands = set()
+    for a, b in ((a, b) for a, b in pairs if {a, b} <= runs.keys()):
+        one, other = variant_of(runs[a]), variant_of(runs[b])
+        usual = one.p_bw != other.p_bw and (one.bw_weight == other.bw_weight or 0 in (one.p_bw, other.p_bw))
+        commands.add(f"python merge.py {folder} --p_bw {one.p_bw:g} {other.p_bw:g}" if usual else f"python merge.py {folder}/{a} {folder}/{b}")
+    return sorted(commands)
 
 
 def _left_out(study: Study) -> str:

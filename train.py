@@ -10,7 +10,7 @@
 - one run is one folder (runs.py): settings, a table of evaluations, weights; finished runs are skipped
 - the same command again continues a run that was killed, bit for bit on a CPU
 - the same command several times at once, also on several hosts, shares out the runs (grid.py)
-- runs that differ only in p_bw share initial weights, text, its order and the validation windows: compare them in pairs
+- runs that differ only in p_bw or bw_weight share initial weights, text, its order and the validation windows: compare them in pairs
 """
 
 from __future__ import annotations

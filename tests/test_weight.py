@@ -1,5 +1,7 @@
 """--bw_weight: what it does to a step's gradient, to a grid of runs, and to what is compared with what."""
 
+import math
+
 import pytest
 import torch
 from test_plot_results import P5, plant
@@ -7,12 +9,13 @@ from test_step import training
 from tiny import corpus, flags  # noqa: F401
 
 import compare
+import merge
 import plot_results
 import runs
 import train
-from cells import FW_ONLY, Variant, choose, load
+from cells import FW_ONLY, Variant, choose, load, variant_of
 from recipe import Settings, resolve
-from report import summary
+from report import alarms, summary
 
 HEAVY = Variant("fw+bw", 0.05, 4.0)
 
@@ -29,7 +32,8 @@ def gradients(run) -> torch.Tensor:
 def test_the_gradient_is_that_of_fw_plus_the_weight_times_that_of_bw(corpus, task):  # noqa: F811
     """With fw-or-bw some of the micro-batches are bw alone. What is reported is not weighed."""
     if task == "fw+bw":
-        fw, both, heavy = (training(corpus, micro_batches=2.0, **more) for more in ({"p_bw": 0.0}, {"p_bw": 1.0}, {"p_bw": 1.0, "bw_weight": 5.0}))
+        weights = {"p_bw": 0.0}, {"p_bw": 1.0}, {"p_bw": 1.0, "bw_weight": 5.0}
+        fw, both, heavy = (training(corpus, micro_batches=2.0, **more) for more in weights)
         fw, bw = gradients(fw), gradients(both)
         bw -= fw
     else:
@@ -53,6 +57,9 @@ def test_runs_that_learn_one_direction_have_no_weight_and_so_one_control_serves_
     found = runs.read_study(tmp_path)
     assert sorted((run["p_bw"], run["bw_weight"]) for run in found) == [(0, 1), (0.5, 1), (0.5, 5)]
     assert sorted(map(runs.trained_on, (run.folder for run in found))) == ["p_bw = 0", "p_bw = 0.5", "p_bw = 0.5 with bw_weight = 5"]
+    assert sorted(runs.read_run(b)["bw_weight"] for _, b in merge.pairs(tmp_path, (0.0, 0.5))) == [1, 5]
+    train.main([*flags(corpus, tmp_path), "--p_bw", "1", "--bw_weight", "5", "--steps", "2"])
+    assert [(runs.read_run(a)["bw_weight"], runs.read_run(b)["bw_weight"]) for a, b in merge.pairs(tmp_path, (0.5, 1.0))] == [(5, 5)]
 
 
 def plant_weights(study) -> None:
@@ -75,7 +82,7 @@ def test_a_weight_is_a_variant_of_its_own_with_the_same_control(tmp_path):
     for variant, ratio in ((P5, 0.8), (HEAVY, 0.5)):
         (terms,) = compare.ratio1(study, variant).values()
         assert len(terms) == 3 and compare.final_ratio(terms, compare.ORDERS[0]) == pytest.approx(ratio)
-    assert HEAVY.label == "p_bw = 0.05 with bw_weight = 4" and f"{HEAVY.label}    " in summary(study)
+    assert HEAVY.label == "p_bw = 0.05 with bw_weight = 4" and len({len(line) for line in summary(study).split("\n") if "    p_bw = 0.05" in line}) == 1, "one column"
 
 
 def test_figures_of_a_weight_have_names_of_their_own_and_the_readme_tells_the_flag(tmp_path):
@@ -86,7 +93,7 @@ def test_figures_of_a_weight_have_names_of_their_own_and_the_readme_tells_the_fl
     assert [path.name for path in main([str(tmp_path), "--figure", "pareto"])] == ["pareto.png"]
     main([str(tmp_path), "--report"])
     text = (tmp_path / "README.md").read_text()
-    assert f"plot_results.py {tmp_path} --bw_weight 4\n" in text and text.count(HEAVY.label) >= 2
+    assert f"plot_results.py {tmp_path} --bw_weight 4\n" in text and f"| {HEAVY.label} | 0, 1, 2 | 4.0000 ± 0.0000" in text
 
 
 def test_the_only_weight_there_is_needs_no_flag(tmp_path):
@@ -94,3 +101,23 @@ def test_the_only_weight_there_is_needs_no_flag(tmp_path):
         plant(tmp_path, seed=seed, fw=2.0)
         plant(tmp_path, seed=seed, fw=4.0, p_bw=0.05, bw_weight=4.0)
     assert choose(load(tmp_path)) == HEAVY
+
+
+def test_a_large_weight_may_make_bw_the_better_direction(tmp_path):
+    """Without a known entropy a bw loss well below the fw loss is an alarm, but not where the weight explains it."""
+    plant(tmp_path, fw=3.0, bw=2.0, p_bw=0.05, bw_weight=40.0)
+    assert alarms(load(tmp_path)) == []
+    plant(tmp_path, fw=3.0, bw=2.0, p_bw=0.05, bw_weight=20.0)
+    assert len(alarms(load(tmp_path))) == 1
+
+
+def test_commands_of_merged_pairs_are_those_that_make_them(tmp_path):
+    plant_weights(tmp_path)
+    of_seed_0 = [run for run in runs.read_study(tmp_path) if run["seed"] == 0 and run["task"] == "fw+bw"]
+    zero, light, heavy = (next(run.name for run in of_seed_0 if variant_of(run) == variant) for variant in (FW_ONLY, P5, HEAVY))
+    for a, b, command in ((zero, heavy, "--p_bw 0 0.05"), (light, heavy, f"/{light} {tmp_path}/{heavy}")):
+        row = dict.fromkeys(runs.MERGE_COLUMNS, 1.0) | {"run_a": a, "run_b": b, "fw_ppl": math.e, "bw_ppl": math.e}
+        runs.write_table(tmp_path / "merge.csv", [row | {"weight": weight} for weight in (0.0, 0.5, 1.0)], runs.MERGE_COLUMNS)
+        plot_results.main([str(tmp_path), "--report"])
+        lines = (tmp_path / "README.md").read_text().splitlines()
+        assert [line for line in lines if line.startswith("python merge.py")] == [f"python merge.py {tmp_path}{' ' * (command[0] == '-')}{command}"]

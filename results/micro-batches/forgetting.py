@@ -21,7 +21,7 @@ BINS = (0, 5, 10, 20, 40, np.inf)
 for study in sys.argv[1:]:
     rows = []
     for run in read_study(study):
-        if (run["task"], run["p_bw"], run["micro_batches"], run["bw_mask"]) != ("fw+bw", 0.05, 1, "anticausal"):
+        if (run["task"], run["p_bw"], run["micro_batches"], run["bw_mask"], run.settings.get("bw_weight", 1)) != ("fw+bw", 0.05, 1, "anticausal", 1):
             continue
         backward = np.flatnonzero([draw(run["seed"], "direction", step) < 0.05 for step in range(int(run.curve["step"].max()))])
         for number, row in enumerate(run.curve.itertuples()):

@@ -18,7 +18,7 @@ TEXTS = {"toyworld": "toyworld-long", "wikipedia-4k": "wikipedia-4k"}  # folder 
 
 def by_seed(study, task, p_bw):
     wanted = {"depth": 4, "width": 128, "task": task, "p_bw": p_bw, "bw_mask": "anticausal", "dropout": 0.0}
-    return {run["seed"]: run for run in read_study(study) if run.finished and all(run[name] == value for name, value in wanted.items())}
+    return {run["seed"]: run for run in read_study(study) if run.finished and run.settings.get("bw_weight", 1) == 1 and all(run[name] == value for name, value in wanted.items())}
 
 
 def ratio(top, bottom, column):

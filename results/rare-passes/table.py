@@ -108,7 +108,7 @@ rows = [
     ("toyworld, 4 x 128", "7.5 M, 16 micro-batches", select("micro-batches/toyworld", P5, "toyworld")),
 ]
 columns = ("text, size", "p_bw = 0.05: total tokens, per step", "n", "its backward tokens", "its bw loss, nats", "/ that of bw only after as many", "bw only is as good after", "worth")
-print(markdown_table(columns, [worth(text, name, runs, alone[text]) for text, name, runs in rows]))
+print(markdown_table(columns, [worth(text, name, runs, alone[text]) for text, name, runs in rows if set(runs) & set(alone[text])]))
 for name, runs in (("weight 5", weighted[5.0]), ("weight 20", weighted[20.0])):
     gain = [np.log(as_good(alone["Wikipedia, 4 x 128"][seed], final(runs[seed], "bw_loss")) / as_good(alone["Wikipedia, 4 x 128"][seed], final(some[seed], "bw_loss"))) for seed in sorted(runs)]
     print(f"weight 1 / {name}, same seeds: fw loss {pairs(some, runs, 'fw_loss')}, bw loss {pairs(some, runs, 'bw_loss')}; worth, {name} / 1: {interval(np.array(gain), 1)}")
