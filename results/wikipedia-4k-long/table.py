@@ -1,4 +1,4 @@
-"""The numbers on seeds and slopes in README.md, and figures/slopes.png: python results/wikipedia-4k-long/table.py
+"""The numbers on seeds, slopes and sizes in README.md, and figures/slopes.png: python results/wikipedia-4k-long/table.py
 
 A model's *smallest slope* is that of the layer that sees furthest, at the end of training (slopes.csv).
 """
@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from cells import BW_ONLY, FW_ONLY, Variant, load  # noqa: E402
-from compare import final, log_ratios, ratio1, ratio_curve  # noqa: E402
+from compare import against_alone, bw_against_bw_only, final, log_ratios, ratio1, ratio_curve  # noqa: E402
 from drawing import new_figure, plain_log_axis, save, variant_colours  # noqa: E402
 from report import describe, interval  # noqa: E402
 from stats import paired_p  # noqa: E402
@@ -52,6 +52,21 @@ for variant in (v for v in (Variant("fw+bw", 0.05), Variant("fw+bw", 1.0)) if v 
         gaps = np.array([np.log(smallest[term.bottom.name] / smallest[term.top.name]) for term in terms])
         print(f"    its smallest slope / that of p_bw = 0: {interval(gaps, 2)}, lower in {(gaps < 0).sum()} of {len(gaps)} pairs;",
               "ratio 1 against that:", rank_correlation(gaps, ends))  # fmt: skip
+
+both, five = Variant("fw+bw", 1.0), Variant("fw+bw", 0.05)
+for name, ratios in (
+    ("ratio 1, p_bw = 0.05", ratio1(study, five)), ("ratio 1, p_bw = 1", ratio1(study, both)), ("bw / bw only, p_bw = 0.05", bw_against_bw_only(study, five)),
+    ("fw / p_bw = 0 at equal fw tokens, p_bw = 1", against_alone(study, both, "fw")), ("bw / bw only at equal bw tokens, p_bw = 1", against_alone(study, both, "bw")),
+):  # fmt: skip
+    small, large = ({term.seed: value for term, value in zip(terms, log_ratios(terms))} for _, terms in sorted(ratios.items(), key=lambda item: item[0].params))
+    seeds = sorted(set(small) & set(large))
+    sizes = [np.array([size[seed] for seed in seeds]) for size in (small, large)]
+    print(f"{name}, seeds {seeds}: 4 x 128 {interval(sizes[0], 3)}, 4 x 256 {interval(sizes[1], 3)}, second / first {interval(sizes[1] - sizes[0], 3)}")
+
+for variant in (five, both):
+    (terms,) = (terms for other, terms in ratio1(study, variant).items() if other != cell)
+    gaps = np.log([final(term.bottom, "slope_min") / final(term.top, "slope_min") for term in terms])
+    print(f"4 x 256, {variant.label}: smallest slope / that of p_bw = 0 {interval(gaps, 2)}, lower in {(gaps < 0).sum()} of {len(gaps)} pairs")
 
 figure, [[ax]] = new_figure(1, 1, (8, 4.6))
 shown = [run for variant, seeds in by.items() if variant.trains("fw") for run in seeds.values()]
