@@ -93,7 +93,8 @@ def _sweep_panel(ax, by: dict[Variant, dict], value: Callable[[Run, str], float]
     swept = [variant for variant in by if variant not in (FW_ONLY, BW_ONLY)]
     for task in dict.fromkeys(variant.task for variant in swept):
         colour, marker = TASK_STYLES.get(task, ("#000000", "^"))  # a task of one's own
-        for weight, dash, sign in zip(sorted({variant.bw_weight for variant in swept if variant.task == task}, key=lambda w: (w != 1, w)), cycle(DASHES), cycle((marker, "^", "v", "P"))):
+        weights = sorted({variant.bw_weight for variant in swept if variant.task == task}, key=lambda weight: (weight != 1, weight))
+        for weight, dash, sign in zip(weights, cycle(DASHES), cycle((marker, "^", "v", "P"))):
             line = [variant for variant in swept if (variant.task, variant.bw_weight) == (task, weight)]
             means = [_cross(ax, by[variant].values(), colour, sign, bounds, value) for variant in line]
             name = TASK_LABELS.get(task, task) + f", bw_weight {weight:g}" * (weight != 1)

@@ -19,6 +19,7 @@ from report import describe, interval  # noqa: E402
 from stats import paired_p  # noqa: E402
 
 PARTS = {"all": range(1000), "seeds 100 to 104": range(105), "the others": range(105, 1000)}  # the first five raised the question
+FIVE, BOTH = Variant("fw+bw", 0.05), Variant("fw+bw", 1.0)
 study = load(HERE)
 cell = next(cell for cell in study.cells if (cell.depth, cell.width) == (4, 128))
 by = study.cells[cell]
@@ -39,7 +40,7 @@ for variant, seeds in by.items():
         if len(chosen) > 3:
             print(f"    {column} against slope, {part}:", rank_correlation([slopes[i] for i in chosen], [losses[i] for i in chosen]))
 
-for variant in (v for v in (Variant("fw+bw", 0.05), Variant("fw+bw", 1.0)) if v in by):
+for variant in (FIVE, BOTH):
     for part, members in PARTS.items():
         terms = [term for term in ratio1(study, variant)[cell] if term.seed in members]
         if not terms:
@@ -53,17 +54,16 @@ for variant in (v for v in (Variant("fw+bw", 0.05), Variant("fw+bw", 1.0)) if v 
         print(f"    its smallest slope / that of p_bw = 0: {interval(gaps, 2)}, lower in {(gaps < 0).sum()} of {len(gaps)} pairs;",
               "ratio 1 against that:", rank_correlation(gaps, ends))  # fmt: skip
 
-both, five = Variant("fw+bw", 1.0), Variant("fw+bw", 0.05)
 for name, ratios in (
-    ("ratio 1, p_bw = 0.05", ratio1(study, five)), ("ratio 1, p_bw = 1", ratio1(study, both)), ("bw / bw only, p_bw = 0.05", bw_against_bw_only(study, five)),
-    ("fw / p_bw = 0 at equal fw tokens, p_bw = 1", against_alone(study, both, "fw")), ("bw / bw only at equal bw tokens, p_bw = 1", against_alone(study, both, "bw")),
+    ("ratio 1, p_bw = 0.05", ratio1(study, FIVE)), ("ratio 1, p_bw = 1", ratio1(study, BOTH)), ("bw / bw only, p_bw = 0.05", bw_against_bw_only(study, FIVE)),
+    ("fw / p_bw = 0 at equal fw tokens, p_bw = 1", against_alone(study, BOTH, "fw")), ("bw / bw only at equal bw tokens, p_bw = 1", against_alone(study, BOTH, "bw")),
 ):  # fmt: skip
     small, large = ({term.seed: value for term, value in zip(terms, log_ratios(terms))} for _, terms in sorted(ratios.items(), key=lambda item: item[0].params))
     seeds = sorted(set(small) & set(large))
     sizes = [np.array([size[seed] for seed in seeds]) for size in (small, large)]
     print(f"{name}, seeds {seeds}: 4 x 128 {interval(sizes[0], 3)}, 4 x 256 {interval(sizes[1], 3)}, second / first {interval(sizes[1] - sizes[0], 3)}")
 
-for variant in (five, both):
+for variant in (FIVE, BOTH):
     (terms,) = (terms for other, terms in ratio1(study, variant).items() if other != cell)
     gaps = np.log([final(term.bottom, "slope_min") / final(term.top, "slope_min") for term in terms])
     print(f"4 x 256, {variant.label}: smallest slope / that of p_bw = 0 {interval(gaps, 2)}, lower in {(gaps < 0).sum()} of {len(gaps)} pairs")
