@@ -27,7 +27,7 @@ from flags import UserError
 from runs import Run, RunError, read_study
 
 # Settings that older runs do not have, and what those runs did.
-LATER_SETTINGS = {"unique_tokens": None, "dropout": 0.0, "optimizer": "adamw", "bw_weight": 1.0}
+LATER_SETTINGS = {"unique_tokens": None, "dropout": 0.0, "optimizer": "adamw", "bw_weight": 1.0, "bw_start": 0.0}
 CELL_SETTINGS = ("depth", "width", "num_heads", "data", "bw_mask", "unique_tokens", "dropout")
 CROSSED = ("bw_mask", "dropout")  # cells that differ in these alone meet in some comparisons
 # What tells the runs of one cell apart, and what cannot change what a run learns. Any other setting splits a cell.

@@ -1,0 +1,61 @@
+"""--bw_start: forward only until then, and from then on what task and p_bw say; what is compared with what."""
+
+import itertools
+
+import pytest
+import torch
+from test_step import training
+from tiny import corpus, flags  # noqa: F401
+
+import runs
+import train
+from recipe import Settings, resolve
+
+
+def steps(run, count: int) -> list[torch.Tensor]:
+    """The weights after each of so many steps."""
+    return [(run.step(), torch.cat([p.detach().flatten() for p in run.model.parameters()]))[1] for _ in range(count)]
+
+
+@pytest.mark.parametrize("task, budget", [("fw+bw", "tokens_fw"), *itertools.product(("fw+bw", "fw-or-bw"), ("steps", "tokens", "epochs"))])
+def test_until_then_the_run_is_that_of_p_bw_0_bit_for_bit(corpus, task, budget):  # noqa: F811
+    tokens = 8 * 128  # eight forward steps of the tiny model
+    end = {"steps": 8, "tokens": tokens, "tokens_fw": tokens, "epochs": tokens / len(training(corpus).train_tokens)}[budget]
+    late, control = (training(corpus, **({"steps": None} | {budget: end}), task=task, p_bw=p_bw, bw_start=0.5) for p_bw in (1.0, 0.0))
+    for ours, theirs in zip(steps(late, 4), steps(control, 4)):
+        assert torch.equal(ours, theirs)
+    assert late.progress.tokens_bw == 0 and late.share_done() == 0.5
+    assert not torch.equal(*(steps(run, 1)[0] for run in (late, control)))
+    assert late.progress.tokens_bw == 128 and late.progress.tokens_fw == (5 if task == "fw+bw" else 4) * 128
+
+
+def test_a_later_start_learns_backward_what_an_earlier_one_learns_from_then_on(corpus):  # noqa: F811
+    def backward(**settings):
+        run, seen = training(corpus, steps=400, p_bw=0.3, **settings), []
+        for run.progress.step in range(400):
+            run.progress.micro_step = run.progress.step
+            seen.append("bw" in run.directions())
+        return seen
+
+    always, late = backward(), backward(bw_start=0.25)
+    assert 90 < sum(always) < 150 and late == [False] * 100 + always[100:]
+
+
+def test_a_run_killed_before_it_starts_resumes_bit_for_bit(corpus, tmp_path):  # noqa: F811
+    """The share of the run that is done comes from what is saved."""
+    whole, half = (training(corpus, p_bw=1.0, bw_start=0.6, steps=10) for _ in range(2))
+    after = steps(whole, 10)[-1]
+    steps(half, 5)
+    (tmp_path / "state.pt").write_bytes(half.state())
+    again = training(corpus, p_bw=1.0, bw_start=0.6, steps=10)
+    again.restore(tmp_path / "state.pt")
+    assert torch.equal(steps(again, 5)[-1], after) and again.progress.tokens_bw == 4 * 128
+
+
+def test_runs_that_learn_one_direction_have_no_start_and_so_one_control_serves_a_grid(corpus, tmp_path):  # noqa: F811
+    alone = [{"task": "fw"}, {"task": "bw"}, {"p_bw": 0.0}, {"task": "fw-or-bw", "p_bw": 0.0}]
+    assert {resolve(Settings(bw_start=0.5, **some)).bw_start for some in alone} == {0.0}
+    assert {resolve(Settings(bw_start=0.5, **some)).bw_start for some in ({}, {"task": "adaptive"}, {"task": "fw-or-bw", "p_bw": 1.0})} == {0.5}
+    train.main([*flags(corpus, tmp_path), "--p_bw", "0", "1", "--bw_start", "0", "0.5", "--steps", "4"])
+    found = runs.read_study(tmp_path)
+    assert sorted((run["p_bw"], run["bw_start"], run.curve.tokens_bw.iloc[-1] / run.curve.tokens_fw.iloc[-1]) for run in found) == [(0, 0, 0), (1, 0, 1), (1, 0.5, 0.5)]
