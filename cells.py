@@ -7,7 +7,7 @@
 A *cell* is what one size is measured in: all runs with equal depth, width, num_heads, data and bw_mask (so "flipped"
 never mixes with "anticausal"). If some other setting that can change a result differs between runs of one such cell,
 it becomes part of the cell too, and runs are then never compared across it. Within a cell, runs are told apart by
-*variant* (task, p_bw and bw_weight) and by seed. Runs on a part of the text (unique_tokens) or with dropout answer a question of
+*variant* (task, p_bw, bw_weight, bw_start) and by seed. Runs on a part of the text (unique_tokens) or with dropout answer a question of
 their own: they wait in `study.limited`, out of every other comparison. Tables only: no torch, no matplotlib.
 """
 
@@ -24,15 +24,15 @@ import numpy as np
 import pandas as pd
 
 from flags import UserError
-from runs import Run, RunError, read_study
+from runs import BW_SETTINGS, Run, RunError, how_bw, read_study
 
 # Settings that older runs do not have, and what those runs did.
-LATER_SETTINGS = {"unique_tokens": None, "dropout": 0.0, "optimizer": "adamw", "bw_weight": 1.0, "bw_start": 0.0}
+LATER_SETTINGS = {"unique_tokens": None, "dropout": 0.0, "optimizer": "adamw"} | BW_SETTINGS
 CELL_SETTINGS = ("depth", "width", "num_heads", "data", "bw_mask", "unique_tokens", "dropout")
 CROSSED = ("bw_mask", "dropout")  # cells that differ in these alone meet in some comparisons
 # What tells the runs of one cell apart, and what cannot change what a run learns. Any other setting splits a cell.
 IGNORED_SETTINGS = (
-    "seed", "p_bw", "task", "bw_weight", "study", "eval_every", "eval_epochs", "physical_tokens", "device", "compile", "attention", "ablations",
+    "seed", "p_bw", "task", *BW_SETTINGS, "study", "eval_every", "eval_epochs", "physical_tokens", "device", "compile", "attention", "ablations",
 )  # fmt: skip
 # What a comparison holds equal, and the column that counts it. The article's is tokens: those of both directions.
 BUDGETS = {"tokens": "tokens_total", "tokens_fw": "tokens_fw", "steps": "step", "seconds": "seconds"}
@@ -78,18 +78,23 @@ class Variant(NamedTuple):
     task: str
     p_bw: float
     bw_weight: float = 1.0
+    bw_start: float = 0.0
+
+    @property
+    def how(self) -> tuple[float, ...]:
+        """The values of BW_SETTINGS."""
+        return tuple(getattr(self, name) for name in BW_SETTINGS)
 
     @property
     def label(self) -> str:
         named = {"fw": "p_bw = 0", "bw": "bw only", "adaptive": "adaptive p_bw"}
         prefix = {"fw+bw": "", "fw-or-bw": "fw or bw at "}.get(self.task, f"{self.task}, ")
-        weight = f" with bw_weight = {self.bw_weight:g}" * (self.bw_weight != 1)
-        return named.get(self.task, f"{prefix}p_bw = {self.p_bw:g}") + weight
+        return named.get(self.task, f"{prefix}p_bw = {self.p_bw:g}") + how_bw(self._asdict())
 
     @property
-    def place(self) -> tuple[float, str, float]:
+    def place(self) -> tuple:
         """Its place in every list of variants."""
-        return self.p_bw, self.task, self.bw_weight
+        return self.p_bw, self.task, *self.how
 
     def trains(self, direction: str) -> bool:
         return self.task not in ("fw", "bw") or self.task == direction
@@ -145,9 +150,10 @@ def variant_of(run: Run) -> Variant:
     task = run["task"]
     if task == "fw" or (task in ("fw+bw", "fw-or-bw") and run["p_bw"] == 0):
         return FW_ONLY
-    if task == "bw" or (task == "fw-or-bw" and run["p_bw"] == 1):
+    how = {name: float(run.settings.get(name, usual)) for name, usual in BW_SETTINGS.items()}
+    if task == "bw" or (task == "fw-or-bw" and run["p_bw"] == 1 and not how["bw_start"]):
         return BW_ONLY
-    return Variant(task, 1.0 if task == "adaptive" else float(run["p_bw"]), float(run.settings.get("bw_weight", LATER_SETTINGS["bw_weight"])))
+    return Variant(task, 1.0 if task == "adaptive" else float(run["p_bw"]), **how)
 
 
 def corpus_tokens(run: Run) -> int:
@@ -159,18 +165,19 @@ def variants(study: Study) -> list[Variant]:
     return sorted({v for cell in study.cells.values() for v in cell}, key=lambda v: v.place)
 
 
-def choose(study: Study, p_bw: float | None = None, task: str = "fw+bw", bw_weight: float | None = None) -> Variant | None:
-    """The variant to compare with p_bw = 0: `p_bw` and `bw_weight` if given, else 0.05 and 1, else the smallest; of `task`, else of any
-    that is known here."""
+def choose(study: Study, p_bw: float | None = None, task: str = "fw+bw", **how: float | None) -> Variant | None:
+    """The variant to compare with p_bw = 0: `p_bw` and of BW_SETTINGS what is given, else 0.05 and what is usual, else the smallest; of `task`,
+    else of any that is known here."""
     both = [v for v in variants(study) if v not in (FW_ONLY, BW_ONLY) and v.task in ("fw+bw", "fw-or-bw", "adaptive")]
-    for name, value in (("p_bw", p_bw), ("bw_weight", bw_weight)):
+    for name, value in {"p_bw": p_bw, **how}.items():
         if value is not None:
             both = [v for v in both if math.isclose(getattr(v, name), value, rel_tol=1e-5)]  # as many digits as a file's name has
             if not both:
                 study.note(f"no finished run has {name} = {value:g}")
                 return None
     both = [v for v in both if v.task == task] or both
-    both = [v for v in both if v.bw_weight == 1] or both
+    for name, usual in BW_SETTINGS.items():
+        both = [v for v in both if getattr(v, name) == usual] or both
     return next((v for v in both if v.p_bw == 0.05), both[0] if both else None)
 
 

@@ -28,7 +28,7 @@ from PIL import Image  # comes with matplotlib
 from cells import BUDGET_WORDS, BUDGETS, BW_ONLY, FW_ONLY, Group, Study, Variant, choose
 from compare import Ratios, ratio1, ratio2
 from report import short
-from runs import Run, write_atomically
+from runs import BW_SETTINGS, Run, write_atomically
 from stats import mean_interval
 
 # Okabe and Ito's colours, told apart with any colour vision; ratios use RdBu (blue: above 1), centred at 1.
@@ -48,7 +48,7 @@ METRIC_LABELS = {"loss": "loss", "acc": "accuracy", "ppl": "perplexity"}
 UNITS = {"loss": "validation loss, nats per token", "acc": "validation accuracy", "ppl": "validation perplexity"}
 
 
-CHOICE = ("p_bw", "task", "bw_weight")  # the options that choose a variant
+CHOICE = ("p_bw", "task", *BW_SETTINGS)  # the options that choose a variant
 
 
 @dataclass
@@ -64,11 +64,12 @@ class Options:
     p_bw: float | None = None
     task: str = "fw+bw"
     bw_weight: float | None = None
+    bw_start: float | None = None
     budget: str = "tokens"
 
     def chosen(self, study: Study) -> Variant | None:
         """The variant that the figures compare with p_bw = 0."""
-        return choose(study, *(getattr(self, name) for name in CHOICE))
+        return choose(study, **{name: getattr(self, name) for name in CHOICE})
 
     @property
     def axis(self) -> str:

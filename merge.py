@@ -64,15 +64,15 @@ def merge(folder_a: Path, folder_b: Path, points: int, device: str, batch_tokens
 
 
 def pairs(study: Path, p_bw: tuple[float, float]) -> list[tuple[Path, Path]]:
-    """The folders of finished runs that differ in p_bw alone, from the first of its values to the second; p_bw = 0 is a partner of every bw_weight."""
+    """The folders of finished runs that differ in p_bw alone, from the first of its values to the second; p_bw = 0 is a partner whatever BW_SETTINGS say."""
     alike: dict[str, tuple[list, list]] = {}
     for run in finished([study]):
         if run["task"] == "fw+bw" and run["p_bw"] in p_bw:
             settings = LATER_SETTINGS | run.settings
-            others = {name: value for name, value in settings.items() if name not in (*OPERATIONAL, "p_bw", "bw_weight")}
+            others = {name: value for name, value in settings.items() if name not in (*OPERATIONAL, "p_bw", *runs.BW_SETTINGS)}
             sides = alike.setdefault(json.dumps(others, sort_keys=True), ([], []))
-            sides[p_bw.index(run["p_bw"])].append((settings["bw_weight"], run.folder))
-    return [(a, b) for sides in alike.values() for (weight, a), (other, b) in itertools.product(*sides) if weight == other or 0 in p_bw]
+            sides[p_bw.index(run["p_bw"])].append(([settings[name] for name in runs.BW_SETTINGS], run.folder))
+    return [(a, b) for sides in alike.values() for (how, a), (other, b) in itertools.product(*sides) if how == other or 0 in p_bw]
 
 
 @one_sentence

@@ -13,7 +13,7 @@ import numpy as np
 from cells import Cell, Study, Variant
 from drawing import COLOURS, Options, label_ends, new_figure, plain_log_axis, save
 from report import describe, floor_of, plus_minus, short
-from runs import MERGE_COLUMNS, Run, read_table
+from runs import BW_SETTINGS, MERGE_COLUMNS, Run, read_table
 
 
 class Line(NamedTuple):
@@ -74,8 +74,8 @@ def merge(study: Study, options: Options = Options()) -> list[Path]:
 
 
 def _tag(variant: Variant) -> str:
-    weight = f"-bw_weight-{variant.bw_weight:g}" * (variant.bw_weight != 1)
-    return variant.task if variant.task in ("fw", "bw") else f"{variant.task}-{variant.p_bw:g}{weight}"
+    how = "".join(f"-{name}-{value:g}" for name, value in zip(BW_SETTINGS, variant.how) if value != BW_SETTINGS[name])
+    return variant.task if variant.task in ("fw", "bw") else f"{variant.task}-{variant.p_bw:g}{how}"
 
 
 def _merge_panel(ax, pairs: list[Line], direction: str, colour: str, floor: tuple[float, float] | None) -> None:

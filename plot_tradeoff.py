@@ -16,10 +16,11 @@ from cells import BUDGETS, BW_ONLY, FW_ONLY, Cell, Study, Variant, corpus_tokens
 from compare import bw_against_bw_only, final, log_ratios, lowest, share_of_the_way, value_at
 from drawing import CHOICE, COLOURS, DASHES, Options, label_ends, label_points, new_figure, plain_log_axis, save, variant_colours
 from report import describe, floor_of, interval, short
-from runs import Run
+from runs import BW_SETTINGS, Run
 from stats import mean_interval
 
 TASK_STYLES = {"fw+bw": ("#0072B2", "o"), "fw-or-bw": ("#D55E00", "s"), "adaptive": ("#CC79A7", "D")}
+USUAL, SIGNS = tuple(BW_SETTINGS.values()), {"bw_weight": "x", "bw_start": "from"}
 TASK_LABELS = {"fw+bw": "fw plus bw", "fw-or-bw": "fw or bw", "adaptive": "adaptive p_bw"}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,8 +56,8 @@ def pareto(study: Study, options: Options = Options()) -> list[Path]:
         runs = [run for by in shown.values() for seeds in by.values() for run in seeds.values()]
         where = "at the end of training" if options.budget == "tokens" else f"at equal {options.equal}, where the first run of a sweep ends"
         caption = f"Validation loss {where}; down and left is better. Small: each seed; large: mean over seeds with 95 % t-intervals, which may "
-        weighed = any(variant.bw_weight != 1 for by in shown.values() for variant in by)
-        caption += f"reach out of the picture; lines join rising p_bw within a task{' and bw_weight (behind the x)' * weighed}. "
+        different = [f"{name} (behind {SIGNS[name]})" for name, usual in BW_SETTINGS.items() if any(getattr(v, name) != usual for by in shown.values() for v in by)]
+        caption += f"reach out of the picture; lines join rising p_bw within {' and '.join(['a task', *different])}. "
         caption += "All sizes: colour tells the width, marker the depth. " if together else ""
         if swept:
             caption += "Grey lines and bands: models trained in one direction only, with their interval; their other loss is far off the scale. "
@@ -93,13 +94,15 @@ def _sweep_panel(ax, by: dict[Variant, dict], value: Callable[[Run, str], float]
     swept = [variant for variant in by if variant not in (FW_ONLY, BW_ONLY)]
     for task in dict.fromkeys(variant.task for variant in swept):
         colour, marker = TASK_STYLES.get(task, ("#000000", "^"))  # a task of one's own
-        weights = sorted({variant.bw_weight for variant in swept if variant.task == task}, key=lambda weight: (weight != 1, weight))
-        for weight, dash, sign in zip(weights, cycle(DASHES), cycle((marker, "^", "v", "P"))):
-            line = [variant for variant in swept if (variant.task, variant.bw_weight) == (task, weight)]
+        hows = sorted({variant.how for variant in swept if variant.task == task}, key=lambda how: (how != USUAL, how))
+        for how, dash, sign in zip(hows, cycle(DASHES), cycle((marker, "^", "v", "P", "X", "<", ">"))):
+            line = [variant for variant in swept if (variant.task, variant.how) == (task, how)]
             means = [_cross(ax, by[variant].values(), colour, sign, bounds, value) for variant in line]
-            name = TASK_LABELS.get(task, task) + f", bw_weight {weight:g}" * (weight != 1)
+            told = [(name, value) for name, value in zip(BW_SETTINGS, how) if value != BW_SETTINGS[name]]
+            name = ", ".join([TASK_LABELS.get(task, task), *(f"{name} {value:g}" for name, value in told)])
             ax.plot(*np.array(means).T, dash, color=colour, linewidth=1, marker=sign, markersize=5, label=name)
-            names = [((f"{100 * variant.p_bw:g} %" if task != "adaptive" else "") + f" x {weight:g}" * (weight != 1)).strip() for variant in line]
+            signs = [f"{SIGNS[name]} {value:g}" for name, value in told]
+            names = [" ".join([f"{100 * variant.p_bw:g} %"] * (task != "adaptive") + signs) for variant in line]
             labels += [(*mean, name, colour) for mean, name in zip(means, names)]
     for variant, column, axis in ((FW_ONLY, "fw_loss", 0), (BW_ONLY, "bw_loss", 1)):
         if variant in by:
@@ -112,7 +115,7 @@ def _sweep_panel(ax, by: dict[Variant, dict], value: Callable[[Run, str], float]
             if np.isfinite(half):
                 (ax.axvspan if upright else ax.axhspan)(mean - half, mean + half, color="0.55", alpha=0.15, linewidth=0)
             _edge_note(ax, mean, f"{'fw only' if upright else 'bw only'} {mean:.3f}", upright)
-    if len({(variant.task, variant.bw_weight) for variant in swept}) > 1:
+    if len({(variant.task, variant.how) for variant in swept}) > 1:
         ax.legend(fontsize=7, frameon=False, loc="upper right")
     label_points(ax, labels)
 

@@ -44,6 +44,7 @@ CONTEXT_COLUMNS = ("direction", "context", "tokens", "loss")
 DOCUMENTS_COLUMNS = ("direction", "document", "tokens", "loss")
 REVERSAL_COLUMNS = ("direction", "question", "orders", "stated", "pairs", "acc", "auc")
 MERGE_COLUMNS = ("run_a", "run_b", "weight", "fw_loss", "fw_acc", "fw_ppl", "bw_loss", "bw_acc", "bw_ppl")
+BW_SETTINGS = {"bw_weight": 1.0, "bw_start": 0.0}  # settings that change only how bw is learned, and their usual values: one p_bw = 0 serves all
 LATER_COLUMNS = {CURVE_COLUMNS: ("hit_cap", "slope_min"), LAYERS_COLUMNS: ("tokens",)}  # that older tables lack: a new column goes here, too
 KEYS = (  # a table that has these columns has one row for each of their values
     ("step",), ("ablation", "layers_remaining", "layer"), ("direction", "layer", "block_size"), ("direction", "context"),
@@ -261,17 +262,22 @@ def run_name(settings: dict[str, Any]) -> str:
     return f"{settings['depth']}x{settings['width']}_pbw{settings['p_bw']:g}_seed{settings['seed']}_{digest}"
 
 
+def how_bw(settings: dict[str, Any]) -> str:
+    """" with bw_weight = 5" for those of BW_SETTINGS that are not as usual, else ""."""
+    told = [f"{name} = {settings[name]:g}" for name, usual in BW_SETTINGS.items() if settings.get(name, usual) != usual]
+    return " with " * bool(told) + ", ".join(told)
+
+
 def trained_on(folder: str | Path) -> str:
     """"p_bw = 0.05" or "bw only", of a run that a table knows by the path of its folder.
 
-    Only config.json, here or below the project's folder, tells bw only from bw on all that fw learns, and knows of a bw_weight; where it
-    is gone, all that the folder's name says is p_bw.
+    Only config.json, here or below the project's folder, tells bw only from bw on all that fw learns, and knows of a bw_weight or bw_start;
+    where it is gone, all that the folder's name says is p_bw.
     """
     for place in (Path(folder), Path(__file__).parent / folder):
         try:
             settings = read_config(place)["settings"]
-            weight = settings.get("bw_weight", 1)
-            return "bw only" if settings["task"] == "bw" else f"p_bw = {settings['p_bw']:g}" + f" with bw_weight = {weight:g}" * (weight != 1)
+            return "bw only" if settings["task"] == "bw" else f"p_bw = {settings['p_bw']:g}{how_bw(settings)}"
         except (RunError, KeyError):
             pass
     return f"p_bw = {RUN_NAME.fullmatch(Path(folder).name)['p_bw']}"

@@ -23,7 +23,7 @@ from compare import (
 )  # fmt: skip
 from measures import asked
 from report import alarms, describe, documents, floor_of, interval, markdown_table, p_value, plus_minus, short, write_between
-from runs import MERGE_COLUMNS, Run, read_table, split_table_name
+from runs import BW_SETTINGS, MERGE_COLUMNS, Run, read_table, split_table_name
 from verdicts import ABSENT, NEEDED, verdicts
 
 MARKS = ("<!-- report: written by python plot_results.py --report -->", "<!-- end of report -->")
@@ -273,7 +273,7 @@ def _made(study: Study) -> str:
     lines += _measured(study.folder, "eval_layers.py", "layers") * (not study.fine_tuned) + _measured(study.folder, "eval_context.py", "context")
     lines += _measured(study.folder, "eval_reversal.py", "reversal")
     lines += _merged(study.folder, {run.name: run for run in runs})
-    chosen = (re.findall(r"_(p_bw|bw_weight)-([\d.]+?)(?=_|\.png)", path.name) for path in study.folder.glob("figures/*.png"))
+    chosen = (re.findall(rf"_(p_bw|{'|'.join(BW_SETTINGS)})-([\d.]+?)(?=_|\.png)", path.name) for path in study.folder.glob("figures/*.png"))
     flags = sorted({"".join(f" --{name} {value}" for name, value in found) for found in chosen} | {""})
     lines += [f"python plot_results.py {study.folder}{some}" for some in flags]
     lines += [f"python plot_results.py {study.folder} --report"]
@@ -305,7 +305,7 @@ def _merged(folder: Path, runs: dict[str, Run]) -> list[str]:
     commands = set()
     for a, b in ((a, b) for a, b in pairs if {a, b} <= runs.keys()):
         one, other = variant_of(runs[a]), variant_of(runs[b])
-        usual = one.p_bw != other.p_bw and (one.bw_weight == other.bw_weight or 0 in (one.p_bw, other.p_bw))
+        usual = one.p_bw != other.p_bw and (one.how == other.how or 0 in (one.p_bw, other.p_bw))
         commands.add(f"python merge.py {folder} --p_bw {one.p_bw:g} {other.p_bw:g}" if usual else f"python merge.py {folder}/{a} {folder}/{b}")
     return sorted(commands)
 

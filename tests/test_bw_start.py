@@ -2,14 +2,21 @@
 
 import itertools
 
+import pandas as pd
 import pytest
 import torch
+from test_plot_results import P5, plant
 from test_step import training
 from tiny import corpus, flags  # noqa: F401
 
+import compare
+import merge
+import plot_results
 import runs
 import train
+from cells import BW_ONLY, FW_ONLY, Variant, choose, load
 from recipe import Settings, resolve
+from report import alarms
 
 
 def steps(run, count: int) -> list[torch.Tensor]:
@@ -59,3 +66,49 @@ def test_runs_that_learn_one_direction_have_no_start_and_so_one_control_serves_a
     train.main([*flags(corpus, tmp_path), "--p_bw", "0", "1", "--bw_start", "0", "0.5", "--steps", "4"])
     found = runs.read_study(tmp_path)
     assert sorted((run["p_bw"], run["bw_start"], run.curve.tokens_bw.iloc[-1] / run.curve.tokens_fw.iloc[-1]) for run in found) == [(0, 0, 0), (1, 0, 1), (1, 0.5, 0.5)]
+    assert sorted(map(runs.trained_on, (run.folder for run in found))) == ["p_bw = 0", "p_bw = 1", "p_bw = 1 with bw_start = 0.5"]
+    assert sorted(runs.read_run(b)["bw_start"] for _, b in merge.pairs(tmp_path, (0.0, 1.0))) == [0, 0.5]
+
+
+LATE, LAST = Variant("fw+bw", 1.0, bw_start=0.9), Variant("fw-or-bw", 1.0, bw_start=0.95)
+
+
+def plant_starts(study) -> None:
+    """Runs from before there was such a setting, and two that start late, with a curve that says so; one control."""
+    for seed in range(3):
+        plant(study, seed=seed, fw=2.0)
+        plant(study, seed=seed, fw=2.5, bw=5.0, p_bw=0.05)
+        plant(study, seed=seed, fw=9.0, bw=2.5, task="bw", p_bw=1.0)
+        for variant, fw, bw in ((LATE, 2.2, 2.75), (LAST, 4.0, 2.6)):
+            folder = plant(study, seed=seed, fw=fw, bw=bw, p_bw=1.0, task=variant.task, bw_start=variant.bw_start)
+            table = pd.read_csv(folder / "curve.csv")
+            late = (table.tokens_total - variant.bw_start * table.tokens_total.max()).clip(lower=0)
+            table["tokens_bw"] = late / 2 if variant.task == "fw+bw" else late
+            table["tokens_fw"] = table.tokens_total - table.tokens_bw
+            table["tokens_unique"] = table.tokens_fw + (table.tokens_bw if variant.task == "fw-or-bw" else 0)
+            table.to_csv(folder / "curve.csv", index=False)
+
+
+def test_a_start_is_a_variant_of_its_own_with_the_same_control(tmp_path):
+    plant_starts(tmp_path)
+    study = load(tmp_path)
+    (by,) = study.cells.values()
+    assert list(by) == [FW_ONLY, P5, BW_ONLY, LATE, LAST]
+    assert choose(study) == P5 and choose(study, bw_start=0.9) == choose(study, 1.0) == LATE and choose(study, task="fw-or-bw") == LAST
+    assert choose(study, bw_start=0.3) is None and "bw_start = 0.3" in study.notes[-1]
+    (terms,) = compare.ratio1(study, LATE).values()
+    assert len(terms) == 3 and compare.final_ratio(terms, compare.ORDERS[0]) == pytest.approx(2 / 2.2)
+    assert (LATE.label, LAST.label) == ("p_bw = 1 with bw_start = 0.9", "fw or bw at p_bw = 1 with bw_start = 0.95")
+    assert alarms(study) == [], "a model that has learned bw last may be better at it"
+
+
+@pytest.mark.parametrize("options", [["--budget", "tokens_fw"], ["--bw_start", "0.9"]])
+def test_every_figure_is_drawn_of_runs_that_have_no_backward_token_for_long(tmp_path, options, recwarn):
+    plant_starts(tmp_path)
+    paths = plot_results.main([str(tmp_path), *options])
+    assert all(any(path.name.startswith(name) for path in paths) for name in ("own_tokens", "pareto", "curves"))
+    assert not [str(warning.message) for warning in recwarn if issubclass(warning.category, RuntimeWarning)]
+    plot_results.main([str(tmp_path), "--report"])
+    text = (tmp_path / "README.md").read_text()
+    assert f"| {LATE.label} | 0, 1, 2 | 2.2000 ± 0.0000" in text
+    assert (f"plot_results.py {tmp_path} --bw_start 0.9\n" in text) == (options == ["--bw_start", "0.9"])
