@@ -251,6 +251,8 @@ def _usable(study: Study, run: Run) -> bool:
         study.note(f"run {run.name} is unfinished (no finished.json)")
     elif run.curve.empty:
         study.note(f"run {run.name} has no evaluations (empty curve.csv)")
+    elif run.settings.get("bw_start") and not run.curve["tokens_bw"].iloc[-1]:
+        study.note(f"run {run.name} ended before it learned bw")
     elif not np.isfinite(run.curve[["fw_loss", "bw_loss"]].iloc[-1].astype(float)).all():
         study.note(f"run {run.name} ends with a loss that is not finite")
     else:

@@ -61,6 +61,7 @@ def curves(study: Study, options: Options = Options()) -> list[Path]:
         caption = f"Thin: each seed; thick: mean over seeds, where all of them were evaluated. {describe(runs)}."
         if FW_ONLY in by:
             caption += " The bw task of p_bw = 0 was never trained."
+        caption += " With bw_start bw is drawn from there on." * any(variant.bw_start for variant in by)
         if not options.log and metric != "acc":
             caption += " Linear panels leave out the steep start (arrow: the line lies outside); log-log shows all but step 0."
         size = f"{cell.label} ({short(cell.params)} parameters)"
@@ -75,6 +76,8 @@ def _curves_panel(ax, by: dict, column: str, options: Options, scale: str, floor
     start, stop = options.epochs or (-np.inf, np.inf)
     for variant, seeds in by.items():
         colour = colours[variant]
+        if variant.bw_start and column.startswith("bw"):  # untrained before
+            seeds = {seed: replace(run, curve=run.curve[run.curve["tokens_bw"] > 0]) for seed, run in seeds.items()}
         lines = [trajectory(run, column, options.x) for run in seeds.values()]
         lines = [(x[keep], y[keep]) for x, y in lines for keep in [(x >= start) & (x <= stop)]]
         if scale == "log":

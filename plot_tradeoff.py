@@ -73,7 +73,12 @@ def _values(by: dict[Variant, dict], budget: str) -> Callable[[Run, str], float]
         return final
     x = BUDGETS[budget]
     end = min(run.curve[x].max() for variant, seeds in by.items() if variant.trains("fw") for run in seeds.values())
-    return lambda run, column: value_at(run, column, x, end)
+
+    def value(run: Run, column: str) -> float:
+        untrained = column == "bw_loss" and not np.interp(end, run.curve[x], run.curve["tokens_bw"])  # bw_start is still to come
+        return np.nan if untrained else value_at(run, column, x, end)
+
+    return value
 
 
 def _enough(study: Study, cells: list[Cell], options: Options) -> str:
@@ -90,7 +95,7 @@ def _enough(study: Study, cells: list[Cell], options: Options) -> str:
 
 def _sweep_panel(ax, by: dict[Variant, dict], value: Callable[[Run, str], float]) -> None:
     labels, bounds = [], ([], [])
-    by = {v: seeds for v, seeds in by.items() if all(np.isfinite(value(run, "bw_loss")) for run in seeds.values())}
+    by = {v: seeds for v, seeds in by.items() if v == FW_ONLY or all(np.isfinite(value(run, "bw_loss")) for run in seeds.values())}
     swept = [variant for variant in by if variant not in (FW_ONLY, BW_ONLY)]
     for task in dict.fromkeys(variant.task for variant in swept):
         colour, marker = TASK_STYLES.get(task, ("#000000", "^"))  # a task of one's own

@@ -93,14 +93,16 @@ def resolve(settings: Settings) -> Settings:
         values["p_bw"] = {"fw": 0.0, "bw": 1.0}[settings.task]
     if settings.task == "adaptive":
         values["p_bw"] = 1.0  # where it starts
-    if settings.task in ("fw", "bw") or values["p_bw"] == 0 or (settings.task, values["p_bw"]) == ("fw-or-bw", 1):
+    if settings.task in ("fw", "bw") or values["p_bw"] == 0 or (settings.task, values["p_bw"], settings.bw_start) == ("fw-or-bw", 1, 0):
         values["bw_weight"] = 1.0  # there is nothing to weigh it against: in a grid over weights, one control serves them all
     if settings.task in ("fw", "bw") or values["p_bw"] == 0:
         values["bw_start"] = 0.0  # nothing starts, or all of it
+    if settings.steps and values["bw_start"] > 1 - 1 / settings.steps:
+        raise DataError(f"--bw_start {settings.bw_start:g} is after the last of --steps {settings.steps}")
     if all(values[budget] is None for budget in ("epochs", "tokens", "tokens_fw", "steps")):
         raise DataError("no end is set: give --epochs, --tokens, --tokens_fw or --steps")
     if settings.tokens_fw and (settings.task == "bw" or (settings.task, settings.p_bw) == ("fw-or-bw", 1)):
-        raise DataError("--tokens_fw never ends a run that learns bw only: give --tokens, --epochs or --steps")
+        raise DataError("--tokens_fw never ends a run that learns bw only, or does so in the end: give --tokens, --epochs or --steps")
     if settings.micro_batches and settings.micro_batches > settings.max_micro_batches:
         raise DataError(f"--micro_batches {settings.micro_batches:g} is more than --max_micro_batches {settings.max_micro_batches}")
     for name in ("seq_len", "seq_len_start"):

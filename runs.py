@@ -265,7 +265,7 @@ def run_name(settings: dict[str, Any]) -> str:
 def how_bw(settings: dict[str, Any]) -> str:
     """" with bw_weight = 5" for those of BW_SETTINGS that are not as usual, else ""."""
     told = [f"{name} = {settings[name]:g}" for name, usual in BW_SETTINGS.items() if settings.get(name, usual) != usual]
-    return " with " * bool(told) + ", ".join(told)
+    return " with " * bool(told) + " and ".join(told)
 
 
 def trained_on(folder: str | Path) -> str:

@@ -181,7 +181,8 @@ def _over_training(study: Study, variant: Variant | None) -> str:
         return ""
     return _section("Ratio 1 over training", *parts, f"""
         Ratio 1 of {variant.label}, averaged over the first epoch (early), all of training, its second half (late) [95 % t-interval over seeds],
-        from the first evaluation on, with the window's tokens (both directions) and optimiser steps. early is empty where training has no more than one epoch.""")
+        from the first evaluation on, with the window's tokens (both directions) and optimiser steps. early is empty where training has no more than one epoch.
+        {f"Before {variant.bw_start:g} of the run it learns fw only, as p_bw = 0 does." if variant.bw_start else ""}""")
 
 
 def _window(terms: list[Term], window: tuple[float, float] | None) -> str:
@@ -273,8 +274,9 @@ def _made(study: Study) -> str:
     lines += _measured(study.folder, "eval_layers.py", "layers") * (not study.fine_tuned) + _measured(study.folder, "eval_context.py", "context")
     lines += _measured(study.folder, "eval_reversal.py", "reversal")
     lines += _merged(study.folder, {run.name: run for run in runs})
-    chosen = (re.findall(rf"_(p_bw|{'|'.join(BW_SETTINGS)})-([\d.]+?)(?=_|\.png)", path.name) for path in study.folder.glob("figures/*.png"))
-    flags = sorted({"".join(f" --{name} {value}" for name, value in found) for found in chosen} | {""})
+    tags = re.compile(rf"_(?:(p_bw|{'|'.join(BW_SETTINGS)})-([\d.]+?)|(fw-or-bw|adaptive))(?=_|\.png)")
+    chosen = (tags.findall(path.name) for path in study.folder.glob("figures/*.png"))
+    flags = sorted({"".join(f" --task {task}" if task else f" --{name} {value}" for name, value, task in found) for found in chosen} | {""})
     lines += [f"python plot_results.py {study.folder}{some}" for some in flags]
     lines += [f"python plot_results.py {study.folder} --report"]
     seconds = sum(run.finished.get("seconds", 0) for run in runs)
@@ -305,7 +307,7 @@ def _merged(folder: Path, runs: dict[str, Run]) -> list[str]:
     commands = set()
     for a, b in ((a, b) for a, b in pairs if {a, b} <= runs.keys()):
         one, other = variant_of(runs[a]), variant_of(runs[b])
-        usual = one.p_bw != other.p_bw and (one.how == other.how or 0 in (one.p_bw, other.p_bw))
+        usual = one.p_bw != other.p_bw and runs[a]["task"] == runs[b]["task"] == "fw+bw" and (one.how == other.how or 0 in (one.p_bw, other.p_bw))
         commands.add(f"python merge.py {folder} --p_bw {one.p_bw:g} {other.p_bw:g}" if usual else f"python merge.py {folder}/{a} {folder}/{b}")
     return sorted(commands)
 

@@ -1,7 +1,10 @@
 """--bw_start: forward only until then, and from then on what task and p_bw say; what is compared with what."""
 
 import itertools
+from dataclasses import replace
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,7 +17,11 @@ import merge
 import plot_results
 import runs
 import train
-from cells import BW_ONLY, FW_ONLY, Variant, choose, load
+from cells import BUDGETS, BW_ONLY, FW_ONLY, Variant, choose, load
+from data.tokens import DataError
+from drawing import Options, new_figure, variant_colours
+from measures import Scope, end_over_first_epoch, learned_backward
+from plot_tradeoff import _values
 from recipe import Settings, resolve
 from report import alarms
 
@@ -70,6 +77,7 @@ def test_runs_that_learn_one_direction_have_no_start_and_so_one_control_serves_a
     assert sorted(runs.read_run(b)["bw_start"] for _, b in merge.pairs(tmp_path, (0.0, 1.0))) == [0, 0.5]
 
 
+UNTRAINED = 13.0
 LATE, LAST = Variant("fw+bw", 1.0, bw_start=0.9), Variant("fw-or-bw", 1.0, bw_start=0.95)
 
 
@@ -86,6 +94,7 @@ def plant_starts(study) -> None:
             table["tokens_bw"] = late / 2 if variant.task == "fw+bw" else late
             table["tokens_fw"] = table.tokens_total - table.tokens_bw
             table["tokens_unique"] = table.tokens_fw + (table.tokens_bw if variant.task == "fw-or-bw" else 0)
+            table.loc[table.tokens_bw == 0, ["bw_loss", "bw_ppl"]] = UNTRAINED, np.exp(UNTRAINED)
             table.to_csv(folder / "curve.csv", index=False)
 
 
@@ -112,3 +121,50 @@ def test_every_figure_is_drawn_of_runs_that_have_no_backward_token_for_long(tmp_
     text = (tmp_path / "README.md").read_text()
     assert f"| {LATE.label} | 0, 1, 2 | 2.2000 ± 0.0000" in text
     assert (f"plot_results.py {tmp_path} --bw_start 0.9\n" in text) == (options == ["--bw_start", "0.9"])
+    paths = plot_results.main([str(tmp_path), "--figure", "ratio1_training", "--p_bw", "1", "--task", "fw-or-bw", "--bw_start", "0.95"])
+    plot_results.main([str(tmp_path), "--report"])
+    text = (tmp_path / "README.md").read_text()
+    assert f"plot_results.py {tmp_path} --p_bw 1 --task fw-or-bw --bw_start 0.95\n" in text
+
+
+def test_losses_from_before_bw_began_are_no_result_of_it(tmp_path):
+    """Not in the panel of bw losses, nor a point of the sweep where a shorter run ends."""
+    plant_starts(tmp_path)
+    study = load(tmp_path)
+    (by,) = study.cells.values()
+    figure, axes = new_figure(1, 1, (4, 4))
+    plot_results._curves_panel(axes[0, 0], by, "bw_loss", Options(), "linear", None, variant_colours(study))
+    drawn = {line.get_ydata().max() for line in axes[0, 0].get_lines()}
+    assert axes[0, 0].get_ylim()[1] < UNTRAINED and UNTRAINED not in drawn and len(drawn) > 3
+    plt.close(figure)
+    run = by[LATE][0]
+    for budget, end in (("steps", 600), ("tokens_fw", 6e6)):
+        value = _values({LATE: {0: replace(run, curve=run.curve[run.curve[BUDGETS[budget]] <= end])}}, budget)
+        assert np.isnan(value(run, "bw_loss")) and np.isfinite(value(run, "fw_loss"))
+    assert _values(by, "tokens")(run, "bw_loss") == 2.75
+
+
+def test_a_late_start_does_not_speak_for_training_from_the_start(tmp_path):
+    """The leak shows in what was trained most; what happens from the first epoch to the end is p_bw = 0 at first."""
+    for seed in range(3):
+        plant(tmp_path, seed=seed, floor=1.0, fw=2.0, bw_mask="flipped")
+        plant(tmp_path, seed=seed, floor=1.0, bw=0.1, p_bw=1.0, bw_mask="flipped")
+        plant(tmp_path, seed=seed, floor=1.0, bw=3.0, p_bw=1.0, bw_mask="flipped", bw_start=0.9)
+    study = load(tmp_path)
+    (group,) = study.groups
+    assert list(learned_backward(Scope(study, Variant("fw+bw", 1.0), group))) == ["2 x 64, p_bw = 1"]
+    over_training = end_over_first_epoch(compare.ratio1)
+    assert over_training(Scope(study, Variant("fw+bw", 1.0), group)) and not over_training(Scope(study, LATE, group))
+
+
+def test_a_run_that_ends_before_it_starts_is_refused_or_left_out(tmp_path):
+    with pytest.raises(DataError, match="--bw_start 0.95 is after the last of --steps 10"):
+        resolve(Settings(steps=10, bw_start=0.95))
+    assert resolve(Settings(steps=10, bw_start=0.9)).bw_start == 0.9
+    plant_starts(tmp_path)
+    folder = plant(tmp_path, seed=7, p_bw=1.0, bw_start=0.9)
+    table = pd.read_csv(folder / "curve.csv")
+    table["tokens_fw"], table["tokens_bw"] = table.tokens_total, 0.0
+    table.to_csv(folder / "curve.csv", index=False)
+    study = load(tmp_path)
+    assert 7 not in study.cells[next(iter(study.cells))][LATE] and f"run {folder.name} ended before it learned bw" in study.notes

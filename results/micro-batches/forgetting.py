@@ -15,13 +15,13 @@ import pandas as pd  # noqa: E402
 
 from recipe import draw  # noqa: E402
 from report import plus_minus  # noqa: E402
-from runs import read_study  # noqa: E402
+from runs import how_bw, read_study  # noqa: E402
 
 BINS = (0, 5, 10, 20, 40, np.inf)
 for study in sys.argv[1:]:
     rows = []
     for run in read_study(study):
-        if (run["task"], run["p_bw"], run["micro_batches"], run["bw_mask"], run.settings.get("bw_weight", 1)) != ("fw+bw", 0.05, 1, "anticausal", 1):
+        if (run["task"], run["p_bw"], run["micro_batches"], run["bw_mask"], how_bw(run.settings)) != ("fw+bw", 0.05, 1, "anticausal", ""):
             continue
         backward = np.flatnonzero([draw(run["seed"], "direction", step) < 0.05 for step in range(int(run.curve["step"].max()))])
         for number, row in enumerate(run.curve.itertuples()):

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from compare import Term, final, log_ratios  # noqa: E402
 from report import interval, plus_minus  # noqa: E402
-from runs import read_study  # noqa: E402
+from runs import how_bw, read_study  # noqa: E402
 
 HERE = Path(__file__).parent
 TEXTS = {"toyworld": "toyworld-long", "wikipedia-4k": "wikipedia-4k"}  # folder here -> study with one micro-batch per step
@@ -18,7 +18,7 @@ TEXTS = {"toyworld": "toyworld-long", "wikipedia-4k": "wikipedia-4k"}  # folder 
 
 def by_seed(study, task, p_bw):
     wanted = {"depth": 4, "width": 128, "task": task, "p_bw": p_bw, "bw_mask": "anticausal", "dropout": 0.0}
-    return {run["seed"]: run for run in read_study(study) if run.finished and run.settings.get("bw_weight", 1) == 1 and all(run[name] == value for name, value in wanted.items())}
+    return {run["seed"]: run for run in read_study(study) if run.finished and not how_bw(run.settings) and all(run[name] == value for name, value in wanted.items())}
 
 
 def ratio(top, bottom, column):

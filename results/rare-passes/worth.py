@@ -89,6 +89,7 @@ def draw_lines(ax, lines: dict[str, Seeds]) -> None:
     labels = []
     for (name, runs), colour in zip(lines.items(), COLOURS):
         curves = [trajectory(run, "bw_loss", "tokens_bw") for run in runs.values()]
+        curves = [(tokens[tokens > 0], losses[tokens > 0]) for tokens, losses in curves]
         for tokens, losses in curves:
             ax.plot(tokens, losses, color=colour, linewidth=0.6, alpha=0.4)
         grid = common_grid(curves)
