@@ -19,7 +19,6 @@ import train
 from data.tokens import DataError, Tokens, open_tokens
 from data.toyworld import write_corpus
 from recipe import Settings, resolve
-from runs import RunError
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ length 512 all distances are multiples of 4, and at length 1024 a third of them 
 import sys
 from pathlib import Path
 
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import model  # noqa: E402

@@ -8,7 +8,7 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from cells import BW_ONLY, FW_ONLY, Variant  # noqa: E402
-from compare import final, log_ratios  # noqa: E402
+from compare import final  # noqa: E402
 from drawing import new_figure, write_png  # noqa: E402
 from report import interval, markdown_table, plus_minus  # noqa: E402
 from worth import as_good, bw_only, draw_lines, only, pairs, select, worth  # noqa: E402

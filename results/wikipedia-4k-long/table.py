@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from cells import BW_ONLY, FW_ONLY, Variant, load  # noqa: E402
+from cells import BW_ONLY, Variant, load  # noqa: E402
 from compare import against_alone, bw_against_bw_only, final, log_ratios, ratio1, ratio_curve  # noqa: E402
 from drawing import new_figure, plain_log_axis, save, variant_colours  # noqa: E402
 from report import describe, interval  # noqa: E402
