@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from flags import UserError
-from runs import BW_SETTINGS, Run, RunError, how_bw, read_study
+from runs import BW_SETTINGS, Run, RunError, label, read_study
 
 # Settings that older runs do not have, and what those runs did.
 LATER_SETTINGS = {"unique_tokens": None, "dropout": 0.0, "optimizer": "adamw"} | BW_SETTINGS
@@ -87,9 +87,7 @@ class Variant(NamedTuple):
 
     @property
     def label(self) -> str:
-        named = {"fw": "p_bw = 0", "bw": "bw only", "adaptive": "adaptive p_bw"}
-        prefix = {"fw+bw": "", "fw-or-bw": "fw or bw at "}.get(self.task, f"{self.task}, ")
-        return named.get(self.task, f"{prefix}p_bw = {self.p_bw:g}") + how_bw(self._asdict())
+        return label(self._asdict())
 
     @property
     def place(self) -> tuple:

@@ -268,16 +268,23 @@ def how_bw(settings: dict[str, Any]) -> str:
     return " with " * bool(told) + " and ".join(told)
 
 
-def trained_on(folder: str | Path) -> str:
-    """"p_bw = 0.05" or "bw only", of a run that a table knows by the path of its folder.
+def label(settings: dict[str, Any]) -> str:
+    """What a run was trained on, in words: "p_bw = 0.05", "bw only", "fw or bw at p_bw = 0.5 with bw_weight = 5"."""
+    task = settings["task"]
+    if task in ("fw", "bw"):
+        return {"fw": "p_bw = 0", "bw": "bw only"}[task]
+    prefix = {"fw+bw": "", "fw-or-bw": "fw or bw at "}.get(task, f"{task}, ")
+    return ("adaptive p_bw" if task == "adaptive" else f"{prefix}p_bw = {settings['p_bw']:g}") + how_bw(settings)
 
-    Only config.json, here or below the project's folder, tells bw only from bw on all that fw learns, and knows of a bw_weight or bw_start;
-    where it is gone, all that the folder's name says is p_bw.
+
+def trained_on(folder: str | Path) -> str:
+    """The label of a run that a table knows by the path of its folder.
+
+    Only config.json, here or below the project's folder, knows it all; where it is gone, all that the folder's name says is p_bw.
     """
     for place in (Path(folder), Path(__file__).parent / folder):
         try:
-            settings = read_config(place)["settings"]
-            return "bw only" if settings["task"] == "bw" else f"p_bw = {settings['p_bw']:g}{how_bw(settings)}"
+            return label(read_config(place)["settings"])
         except (RunError, KeyError):
             pass
     return f"p_bw = {RUN_NAME.fullmatch(Path(folder).name)['p_bw']}"
