@@ -7,7 +7,7 @@
 A *cell* is what one size is measured in: all runs with equal depth, width, num_heads, data and bw_mask (so "flipped"
 never mixes with "anticausal"). If some other setting that can change a result differs between runs of one such cell,
 it becomes part of the cell too, and runs are then never compared across it. Within a cell, runs are told apart by
-*variant* (task, p_bw, bw_weight, bw_start) and by seed. Runs on a part of the text (unique_tokens) or with dropout answer a question of
+*variant* (task, p_bw and BW_SETTINGS of runs.py) and by seed. Runs on a part of the text (unique_tokens) or with dropout answer a question of
 their own: they wait in `study.limited`, out of every other comparison. Tables only: no torch, no matplotlib.
 """
 
@@ -79,11 +79,17 @@ class Variant(NamedTuple):
     p_bw: float
     bw_weight: float = 1.0
     bw_start: float = 0.0
+    bw_end: float = 1.0
 
     @property
     def how(self) -> tuple[float, ...]:
         """The values of BW_SETTINGS."""
         return tuple(getattr(self, name) for name in BW_SETTINGS)
+
+    @property
+    def throughout(self) -> bool:
+        """Whether bw is learned all along, and not in a part of the run only."""
+        return (self.bw_start, self.bw_end) == (0, 1)
 
     @property
     def label(self) -> str:
@@ -148,10 +154,8 @@ def variant_of(run: Run) -> Variant:
     task = run["task"]
     if task == "fw" or (task in ("fw+bw", "fw-or-bw") and run["p_bw"] == 0):
         return FW_ONLY
-    how = {name: float(run.settings.get(name, usual)) for name, usual in BW_SETTINGS.items()}
-    if task == "bw" or (task == "fw-or-bw" and run["p_bw"] == 1 and not how["bw_start"]):
-        return BW_ONLY
-    return Variant(task, 1.0 if task == "adaptive" else float(run["p_bw"]), **how)
+    variant = Variant(task, 1.0 if task == "adaptive" else float(run["p_bw"]), *(float(run.settings.get(name, usual)) for name, usual in BW_SETTINGS.items()))
+    return BW_ONLY if task == "bw" or ((task, variant.p_bw) == ("fw-or-bw", 1) and variant.throughout) else variant
 
 
 def corpus_tokens(run: Run) -> int:
@@ -249,8 +253,8 @@ def _usable(study: Study, run: Run) -> bool:
         study.note(f"run {run.name} is unfinished (no finished.json)")
     elif run.curve.empty:
         study.note(f"run {run.name} has no evaluations (empty curve.csv)")
-    elif run.settings.get("bw_start") and not run.curve["tokens_bw"].iloc[-1]:
-        study.note(f"run {run.name} ended before it learned bw")
+    elif variant_of(run).trains("bw") and not variant_of(run).throughout and not run.curve["tokens_bw"].iloc[-1]:
+        study.note(f"run {run.name} never learned bw")
     elif not np.isfinite(run.curve[["fw_loss", "bw_loss"]].iloc[-1].astype(float)).all():
         study.note(f"run {run.name} ends with a loss that is not finite")
     else:

@@ -65,6 +65,7 @@ class Options:
     task: str = "fw+bw"
     bw_weight: float | None = None
     bw_start: float | None = None
+    bw_end: float | None = None
     budget: str = "tokens"
 
     def chosen(self, study: Study) -> Variant | None:

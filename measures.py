@@ -46,11 +46,11 @@ def at_the_end(ratio: Callable[[Study, Variant], Ratios]) -> Measure:
 
 
 def end_over_first_epoch(ratio: Callable[[Study, Variant], Ratios]) -> Measure:
-    """Nothing where training has no more than one epoch, or bw starts late. Both points are fixed beforehand: no lowest one is picked."""
+    """Nothing where training has no more than one epoch, or bw is learned in a part of the run only. Both points are fixed beforehand: no lowest one is picked."""
 
     def measure(scope: Scope) -> dict[str, np.ndarray]:
         found = {}
-        if scope.variant.bw_start:
+        if not scope.variant.throughout:
             return found
         for cell, terms in scope.of(ratio(scope.study, scope.variant)).items():
             early = windows(terms).get("early")
@@ -82,9 +82,9 @@ def growth_with_size(ratio: Callable[[Study, Variant], Ratios]) -> Measure:
 
 
 def learned_backward(scope: Scope) -> dict[str, list[Run]]:
-    """Of everything trained backward from the start, the highest p_bw last: whether a mask leaks shows best where the bw task was trained most."""
+    """Of everything trained backward all along, the highest p_bw last: whether a mask leaks shows best where the bw task was trained most."""
     return {f"{cell.label}, {variant.label}": [run for _, run in sorted(seeds.items())] for cell, by in scope.cells().items()
-            for variant, seeds in by.items() if variant.trains("bw") and not variant.bw_start and floor_of(seeds.values())}  # fmt: skip
+            for variant, seeds in by.items() if variant.trains("bw") and variant.throughout and floor_of(seeds.values())}  # fmt: skip
 
 
 def bw_over_floor(scope: Scope) -> dict[str, np.ndarray]:
@@ -113,7 +113,7 @@ def on_repeated_text(at_best: bool) -> Measure:
     def measure(scope: Scope) -> dict[str, np.ndarray]:
         cells = {cell: by for cell, by in scope.limited().items() if not cell.group.dropout}
         found = {}
-        if at_best and scope.variant.bw_start:  # its best may have been before
+        if at_best and not scope.variant.throughout:  # its best may be without bw
             return found
         for cell, terms in paired(scope.study, FW_ONLY, "fw_loss", scope.variant, "fw_loss", cells).items():
             epochs = np.mean([final(term.top, "epoch") for term in terms])

@@ -3,7 +3,7 @@ much they change.
 
     python plot_results.py results/demo --figure blocks_drop blocks_angle blocks_influence
 
-Shown are forward-only, the chosen p_bw (--p_bw, --task, --bw_weight, --bw_start) and backward-only models, each in the directions it was trained
+Shown are forward-only, the chosen p_bw (--p_bw, --task, --bw_weight, --bw_start, --bw_end) and backward-only models, each in the directions it was trained
 in. Tables from some windows only (eval_layers.py --windows) get figures of their own.
 """
 

@@ -260,6 +260,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--task", default="fw+bw", choices=("fw+bw", "fw-or-bw", "adaptive"), help="which task, if several have this p_bw")
     p.add_argument("--bw_weight", type=float, help="which weight of the bw loss, if several were trained (default: 1, or the only one)")
     p.add_argument("--bw_start", type=float, help="which start of bw, if several were trained (default: 0, or the only one)")
+    p.add_argument("--bw_end", type=float, help="which end of bw, if several were trained (default: 1, or the only one)")
     p.add_argument("--report", action="store_true", help="write the study's README.md from its tables instead of drawing")
     return p
 

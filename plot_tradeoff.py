@@ -20,7 +20,7 @@ from runs import BW_SETTINGS, Run
 from stats import mean_interval
 
 TASK_STYLES = {"fw+bw": ("#0072B2", "o"), "fw-or-bw": ("#D55E00", "s"), "adaptive": ("#CC79A7", "D")}
-USUAL, SIGNS = tuple(BW_SETTINGS.values()), {"bw_weight": "x", "bw_start": "from"}
+USUAL, SIGNS = tuple(BW_SETTINGS.values()), {"bw_weight": "x", "bw_start": "from", "bw_end": "to"}
 TASK_LABELS = {"fw+bw": "fw plus bw", "fw-or-bw": "fw or bw", "adaptive": "adaptive p_bw"}
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,8 @@ class Settings:
                        "fw-or-bw: bw with probability p_bw, else fw; adaptive: fw+bw with p_bw = ppl_bw / ppl_fw, from 0.01 to 1", choices=TASKS)
     p_bw: float = Option(0.05, "probability that a micro-batch is (also) learned backward; 0 is fw only", 0, 1)
     bw_weight: float = Option(1.0, "weight of the bw loss in the gradient, beside 1 of the fw loss; with task fw+bw, 1 / p_bw gives both the same sum of weights, on average", 0.0001)
-    bw_start: float = Option(0.0, "share of the run after which bw is learned, as task and p_bw say; until then fw only", 0, 0.9999)
+    bw_start: float = Option(0.0, "share of the run after which bw is learned, as task and p_bw say; before it fw only", 0, 0.9999)
+    bw_end: float = Option(1.0, "share of the run after which bw is no longer learned", 0.0001, 1)
     bw_mask: str = Option("anticausal", "flipped is the article's published mask; it leaks the targets", choices=("anticausal", "flipped"))
     direction_tokens: bool = Option(True, "tell the model its direction, and score the same tokens in both")
     unique_tokens: float | None = Option(None, "use only the first N tokens of the training split; an epoch is one pass over them", 3)
@@ -93,10 +94,12 @@ def resolve(settings: Settings) -> Settings:
         values["p_bw"] = {"fw": 0.0, "bw": 1.0}[settings.task]
     if settings.task == "adaptive":
         values["p_bw"] = 1.0  # where it starts
-    if settings.task in ("fw", "bw") or values["p_bw"] == 0 or (settings.task, values["p_bw"], settings.bw_start) == ("fw-or-bw", 1, 0):
+    if settings.task in ("fw", "bw") or values["p_bw"] == 0 or (settings.task, values["p_bw"], settings.bw_start, settings.bw_end) == ("fw-or-bw", 1, 0, 1):
         values["bw_weight"] = 1.0  # there is nothing to weigh it against: in a grid over weights, one control serves them all
     if settings.task in ("fw", "bw") or values["p_bw"] == 0:
-        values["bw_start"] = 0.0  # nothing starts, or all of it
+        values |= {"bw_start": 0.0, "bw_end": 1.0}  # nothing starts or ends, or all of it
+    if values["bw_start"] >= values["bw_end"]:
+        raise DataError(f"--bw_start must be before --bw_end = {settings.bw_end:g}, got {settings.bw_start:g}")
     if settings.steps and values["bw_start"] > 1 - 1 / settings.steps:
         raise DataError(f"--bw_start {settings.bw_start:g} is after the last of --steps {settings.steps}")
     if all(values[budget] is None for budget in ("epochs", "tokens", "tokens_fw", "steps")):

@@ -44,7 +44,7 @@ CONTEXT_COLUMNS = ("direction", "context", "tokens", "loss")
 DOCUMENTS_COLUMNS = ("direction", "document", "tokens", "loss")
 REVERSAL_COLUMNS = ("direction", "question", "orders", "stated", "pairs", "acc", "auc")
 MERGE_COLUMNS = ("run_a", "run_b", "weight", "fw_loss", "fw_acc", "fw_ppl", "bw_loss", "bw_acc", "bw_ppl")
-BW_SETTINGS = {"bw_weight": 1.0, "bw_start": 0.0}  # settings that change only how bw is learned, and their usual values: one p_bw = 0 serves all
+BW_SETTINGS = {"bw_weight": 1.0, "bw_start": 0.0, "bw_end": 1.0}  # settings that change only how bw is learned, and their usual values: one p_bw = 0 serves all
 LATER_COLUMNS = {CURVE_COLUMNS: ("hit_cap", "slope_min"), LAYERS_COLUMNS: ("tokens",)}  # that older tables lack: a new column goes here, too
 KEYS = (  # a table that has these columns has one row for each of their values
     ("step",), ("ablation", "layers_remaining", "layer"), ("direction", "layer", "block_size"), ("direction", "context"),

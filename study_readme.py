@@ -182,7 +182,7 @@ def _over_training(study: Study, variant: Variant | None) -> str:
     return _section("Ratio 1 over training", *parts, f"""
         Ratio 1 of {variant.label}, averaged over the first epoch (early), all of training, its second half (late) [95 % t-interval over seeds],
         from the first evaluation on, with the window's tokens (both directions) and optimiser steps. early is empty where training has no more than one epoch.
-        {f"Before {variant.bw_start:g} of the run it learns fw only, as p_bw = 0 does." if variant.bw_start else ""}""")
+        {"" if variant.throughout else f"It learns bw from {variant.bw_start:g} to {variant.bw_end:g} of the run only."}""")
 
 
 def _window(terms: list[Term], window: tuple[float, float] | None) -> str:

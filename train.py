@@ -10,7 +10,7 @@
 - one run is one folder (runs.py): settings, a table of evaluations, weights; finished runs are skipped
 - the same command again continues a run that was killed, bit for bit on a CPU
 - the same command several times at once, also on several hosts, shares out the runs (grid.py)
-- runs that differ only in p_bw, bw_weight or bw_start share initial weights, text, its order and the validation windows: compare them in pairs
+- runs that differ only in p_bw, bw_weight, bw_start or bw_end share initial weights, text, its order and the validation windows: compare them in pairs
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Training:
         s = self.settings
         if s.task in ("fw", "bw"):
             return (s.task,)
-        backward = self.share_done() >= s.bw_start and draw(s.seed, "direction", self.progress.micro_step) < self.progress.p_bw
+        backward = s.bw_start <= self.share_done() < s.bw_end and draw(s.seed, "direction", self.progress.micro_step) < self.progress.p_bw
         if s.task == "fw-or-bw":
             return ("bw",) if backward else ("fw",)
         return ("fw", "bw") if backward else ("fw",)

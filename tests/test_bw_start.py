@@ -1,4 +1,4 @@
-"""--bw_start: forward only until then, and from then on what task and p_bw say; what is compared with what."""
+"""--bw_start and --bw_end: what task and p_bw say in between, forward only outside; what is compared with what."""
 
 import itertools
 from dataclasses import replace
@@ -51,8 +51,8 @@ def test_a_later_start_learns_backward_what_an_earlier_one_learns_from_then_on(c
             seen.append("bw" in run.directions())
         return seen
 
-    always, late = backward(), backward(bw_start=0.25)
-    assert 90 < sum(always) < 150 and late == [False] * 100 + always[100:]
+    always, late, between = backward(), backward(bw_start=0.25), backward(bw_start=0.25, bw_end=0.5)
+    assert 90 < sum(always) < 150 and late == [False] * 100 + always[100:] and between == late[:200] + [False] * 200
 
 
 def test_a_run_killed_before_it_starts_resumes_bit_for_bit(corpus, tmp_path):  # noqa: F811
@@ -68,7 +68,7 @@ def test_a_run_killed_before_it_starts_resumes_bit_for_bit(corpus, tmp_path):  #
 
 def test_runs_that_learn_one_direction_have_no_start_and_so_one_control_serves_a_grid(corpus, tmp_path):  # noqa: F811
     alone = [{"task": "fw"}, {"task": "bw"}, {"p_bw": 0.0}, {"task": "fw-or-bw", "p_bw": 0.0}]
-    assert {resolve(Settings(bw_start=0.5, **some)).bw_start for some in alone} == {0.0}
+    assert {(some.bw_start, some.bw_end) for some in (resolve(Settings(bw_start=0.5, bw_end=0.6, **some)) for some in alone)} == {(0.0, 1.0)}
     assert {resolve(Settings(bw_start=0.5, **some)).bw_start for some in ({}, {"task": "adaptive"}, {"task": "fw-or-bw", "p_bw": 1.0})} == {0.5}
     train.main([*flags(corpus, tmp_path), "--p_bw", "0", "1", "--bw_start", "0", "0.5", "--steps", "4"])
     found = runs.read_study(tmp_path)
@@ -78,6 +78,7 @@ def test_runs_that_learn_one_direction_have_no_start_and_so_one_control_serves_a
 
 
 UNTRAINED = 13.0
+MIDDLE = Variant("fw+bw", 1.0, bw_start=0.5, bw_end=0.75)
 LATE, LAST = Variant("fw+bw", 1.0, bw_start=0.9), Variant("fw-or-bw", 1.0, bw_start=0.95)
 
 
@@ -87,10 +88,11 @@ def plant_starts(study) -> None:
         plant(study, seed=seed, fw=2.0)
         plant(study, seed=seed, fw=2.5, bw=5.0, p_bw=0.05)
         plant(study, seed=seed, fw=9.0, bw=2.5, task="bw", p_bw=1.0)
-        for variant, fw, bw in ((LATE, 2.2, 2.75), (LAST, 4.0, 2.6)):
-            folder = plant(study, seed=seed, fw=fw, bw=bw, p_bw=1.0, task=variant.task, bw_start=variant.bw_start)
+        for variant, fw, bw in ((LATE, 2.2, 2.75), (LAST, 4.0, 2.6), (MIDDLE, 2.05, 3.0)):
+            folder = plant(study, seed=seed, fw=fw, bw=bw, p_bw=1.0, task=variant.task, bw_start=variant.bw_start, bw_end=variant.bw_end)
             table = pd.read_csv(folder / "curve.csv")
-            late = (table.tokens_total - variant.bw_start * table.tokens_total.max()).clip(lower=0)
+            end = table.tokens_total.max()
+            late = (table.tokens_total - variant.bw_start * end).clip(lower=0, upper=(variant.bw_end - variant.bw_start) * end)
             table["tokens_bw"] = late / 2 if variant.task == "fw+bw" else late
             table["tokens_fw"] = table.tokens_total - table.tokens_bw
             table["tokens_unique"] = table.tokens_fw + (table.tokens_bw if variant.task == "fw-or-bw" else 0)
@@ -102,11 +104,12 @@ def test_a_start_is_a_variant_of_its_own_with_the_same_control(tmp_path):
     plant_starts(tmp_path)
     study = load(tmp_path)
     (by,) = study.cells.values()
-    assert list(by) == [FW_ONLY, P5, BW_ONLY, LATE, LAST]
-    assert choose(study) == P5 and choose(study, bw_start=0.9) == choose(study, 1.0) == LATE and choose(study, task="fw-or-bw") == LAST
+    assert list(by) == [FW_ONLY, P5, BW_ONLY, MIDDLE, LATE, LAST]
+    assert choose(study) == P5 and choose(study, bw_start=0.9) == choose(study, 1.0) == LATE and choose(study, bw_end=0.75) == MIDDLE and choose(study, task="fw-or-bw") == LAST
     assert choose(study, bw_start=0.3) is None and "bw_start = 0.3" in study.notes[-1]
     (terms,) = compare.ratio1(study, LATE).values()
     assert len(terms) == 3 and compare.final_ratio(terms, compare.ORDERS[0]) == pytest.approx(2 / 2.2)
+    assert MIDDLE.label == "p_bw = 1 with bw_start = 0.5 and bw_end = 0.75"
     assert (LATE.label, LAST.label) == ("p_bw = 1 with bw_start = 0.9", "fw or bw at p_bw = 1 with bw_start = 0.95")
     assert alarms(study) == [], "a model that has learned bw last may be better at it"
 
@@ -160,6 +163,8 @@ def test_a_late_start_does_not_speak_for_training_from_the_start(tmp_path):
 def test_a_run_that_ends_before_it_starts_is_refused_or_left_out(tmp_path):
     with pytest.raises(DataError, match="--bw_start 0.95 is after the last of --steps 10"):
         resolve(Settings(steps=10, bw_start=0.95))
+    with pytest.raises(DataError, match="--bw_start must be before --bw_end = 0.5, got 0.5"):
+        resolve(Settings(bw_start=0.5, bw_end=0.5))
     assert resolve(Settings(steps=10, bw_start=0.9)).bw_start == 0.9
     plant_starts(tmp_path)
     folder = plant(tmp_path, seed=7, p_bw=1.0, bw_start=0.9)
@@ -167,4 +172,4 @@ def test_a_run_that_ends_before_it_starts_is_refused_or_left_out(tmp_path):
     table["tokens_fw"], table["tokens_bw"] = table.tokens_total, 0.0
     table.to_csv(folder / "curve.csv", index=False)
     study = load(tmp_path)
-    assert 7 not in study.cells[next(iter(study.cells))][LATE] and f"run {folder.name} ended before it learned bw" in study.notes
+    assert 7 not in study.cells[next(iter(study.cells))][LATE] and f"run {folder.name} never learned bw" in study.notes
