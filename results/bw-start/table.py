@@ -13,7 +13,7 @@ from cells import FW_ONLY, Variant  # noqa: E402
 from compare import Term, common_grid, final, log_ratios, on_grid, trajectory, value_at  # noqa: E402
 from drawing import COLOURS, label_ends, label_points, new_figure, write_png  # noqa: E402
 from report import interval, markdown_table, plus_minus  # noqa: E402
-from worth import Seeds, as_good, bw_only, pairs, select  # noqa: E402
+from worth import Seeds, as_good, bw_only, only, pairs, select  # noqa: E402
 
 
 def part(p_bw: float, start: float, end: float = 1.0, task: str = "fw+bw") -> Variant:
@@ -33,9 +33,10 @@ STUDIES = {  # text and width -> study of the runs that learn all along, and a t
 
 
 def ways(text: str, size: tuple[int, int], study: str) -> dict[str, Seeds]:
-    """The runs of each way to learn backward, by how many of their tokens are backward ones."""
-    found = {name: select(study, variant, text, size) for name, variant in ALL_ALONG.items()}
-    found |= {name: select(f"bw-start/{text}", variant, text, size) for name, variant in (LATE | MIDDLE | OTHERS).items()}
+    """The runs of each way to learn backward, of the seeds of this study, by how many of their tokens are backward ones."""
+    found = {name: select(f"bw-start/{text}", variant, text, size) for name, variant in (LATE | MIDDLE | OTHERS).items()}
+    seeds = set().union(*found.values())
+    found |= {name: only(select(study, variant, text, size), seeds) for name, variant in ALL_ALONG.items()}
     return dict(sorted(((name, runs) for name, runs in found.items() if runs), key=lambda item: round(share(item[1]), 2)))
 
 
@@ -130,7 +131,7 @@ def draw_over_time(ax, lines: dict[str, Seeds], direction: str, window: tuple[fl
 for (text, width), (study, title) in STUDIES.items():
     size = 4, width
     control, alone, found = select(study, FW_ONLY, text, size), bw_only(study, text, size), ways(text, size, study)
-    columns = (f"{title}: when bw is learned", "n", "bw / all tokens", "fw loss", "ratio 1", "fw / p_bw = 0, equal fw tokens", "bw loss", "bw / bw only", "worth")
+    columns = (f"{title}: when bw is learned", "n", "bw / all tokens", "fw loss", "p_bw = 0 / it (ratio 1)", "it / p_bw = 0, equal fw tokens", "bw loss", "bw / bw only", "worth")
     print(markdown_table(columns, [row(name, runs, control, alone) for name, runs in found.items()]), "\n")
     for name, runs in found.items():
         for other, others in found.items():
@@ -138,7 +139,7 @@ for (text, width), (study, title) in STUDIES.items():
                 print(f"{name} / {other}: fw loss {pairs(runs, others, 'fw_loss')}, bw loss {pairs(runs, others, 'bw_loss')}")
     for name in (name for name in LATE if name in found):
         print(f"{name}, {after_the_start(found[name])}")
-    for steps in (0, 25, 150, None):
+    for steps in (0, 50, 150, None):
         print("100 % from 0.8 to 0.9,", after_the_end(found["100 % from 0.8 to 0.9"], control, steps))
     figure, (panels,) = new_figure(1, 3, (17, 5.2))
     draw_plane(panels[0], {name: runs for name, runs in found.items() if name != "bw alone from 0.95 on"}, control, alone)
