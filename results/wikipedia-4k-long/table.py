@@ -73,6 +73,7 @@ shown = [run for variant, seeds in by.items() if variant.trains("fw") for run in
 for variant, seeds in by.items():
     if variant.trains("fw"):
         points = np.array([(smallest[run.name], final(run, "fw_loss")) for run in seeds.values()])
+        points[:, 0] = np.maximum(points[:, 0], 1e-4)
         ax.scatter(*points.T, s=28, color=variant_colours(study)[variant], label=f"{variant.label} (n = {len(points)})")
 ax.set_xscale("log")
 plain_log_axis(ax.xaxis)
@@ -80,5 +81,5 @@ ax.set_xlabel("smallest learned slope of a model's layers at the end (left: a la
 ax.set_ylabel("fw validation loss, nats per token", fontsize=8)
 ax.legend(frameon=False, fontsize=8)
 caption = "Each point is a model: its fw loss, and the slope of the layer that sees furthest. A token d places away keeps e^(-slope d) of its weight. "
-caption += "p_bw = 1 has read half as much text forward. "
+caption += "Slopes below 0.0001 are drawn there. p_bw = 1 has read half as much text forward. "
 print(save(study, figure, cell.group, "slopes", f"How far the layers of {cell.label} see, and their fw loss", caption + describe(shown) + "."))
