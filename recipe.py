@@ -138,9 +138,9 @@ def same_settings(found: dict, settings: Settings) -> str:
 
 
 def share_done(settings: Settings, train_tokens: int, step: int, tokens_total: int, tokens_fw: int) -> float:
-    """How much of the tightest budget is used; a run ends at 1."""
+    """How much of the tightest budget is used; a run ends at 1, and one without a budget never."""
     used = ((settings.epochs, tokens_total / train_tokens), (settings.tokens, tokens_total), (settings.tokens_fw, tokens_fw), (settings.steps, step))
-    return max(value / budget if budget else 1.0 for budget, value in used if budget is not None)
+    return max((value / budget if budget else 1.0 for budget, value in used if budget is not None), default=0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

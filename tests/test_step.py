@@ -98,7 +98,7 @@ def test_adaptive_p_bw_follows_the_losses_not_the_hits(corpus, monkeypatch, shif
     assert run.progress.p_bw == p_bw
 
 
-@pytest.mark.parametrize("budget, share", [({"epochs": 2.0}, 0.25), ({"tokens": 200.0}, 0.25), ({"tokens_fw": 200.0}, 0.2), ({"steps": 5}, 0.6)])
+@pytest.mark.parametrize("budget, share", [({}, 0.0), ({"epochs": 2.0}, 0.25), ({"tokens": 200.0}, 0.25), ({"tokens_fw": 200.0}, 0.2), ({"steps": 5}, 0.6)])
 def test_every_budget_has_its_own_measure(budget, share):
     settings = Settings(**({"epochs": None} | budget))
     assert share_done(settings, train_tokens=100, step=3, tokens_total=50, tokens_fw=40) == share
