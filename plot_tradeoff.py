@@ -56,7 +56,7 @@ def pareto(study: Study, options: Options = Options()) -> list[Path]:
         runs = [run for by in shown.values() for seeds in by.values() for run in seeds.values()]
         where = "at the end of training" if options.budget == "tokens" else f"at equal {options.equal}, where the first run of a sweep ends"
         caption = f"Validation loss {where}; down and left is better. Small: each seed; large: mean over seeds with 95 % t-intervals, which may "
-        different = [f"{name} (behind {SIGNS[name]})" for name, usual in BW_SETTINGS.items() if any(getattr(v, name) != usual for by in shown.values() for v in by)]
+        different = [f"{name} (behind {SIGNS.get(name, name)})" for name, usual in BW_SETTINGS.items() if any(getattr(v, name) != usual for by in shown.values() for v in by)]
         caption += f"reach out of the picture; lines join rising p_bw within {' and '.join(['a task', *different])}. "
         caption += "All sizes: colour tells the width, marker the depth. " if together else ""
         if swept:
@@ -106,7 +106,7 @@ def _sweep_panel(ax, by: dict[Variant, dict], value: Callable[[Run, str], float]
             told = [(name, value) for name, value in zip(BW_SETTINGS, how) if value != BW_SETTINGS[name]]
             name = ", ".join([TASK_LABELS.get(task, task), *(f"{name} {value:g}" for name, value in told)])
             ax.plot(*np.array(means).T, dash, color=colour, linewidth=1, marker=sign, markersize=5, label=name)
-            signs = [f"{SIGNS[name]} {value:g}" for name, value in told]
+            signs = [f"{SIGNS.get(name, name)} {value:g}" for name, value in told]
             names = [" ".join([f"{100 * variant.p_bw:g} %"] * (task != "adaptive") + signs) for variant in line]
             labels += [(*mean, name, colour) for mean, name in zip(means, names)]
     for variant, column, axis in ((FW_ONLY, "fw_loss", 0), (BW_ONLY, "bw_loss", 1)):
