@@ -128,6 +128,11 @@ def draw_over_time(ax, lines: dict[str, Seeds], direction: str, window: tuple[fl
     label_ends(ax, labels)
 
 
+def print_the_end(runs: Seeds, control: Seeds) -> None:
+    for steps in (0, 50, 150, None):
+        print("100 % from 0.8 to 0.9,", after_the_end(runs, control, steps))
+
+
 for (text, width), (study, title) in STUDIES.items():
     size = 4, width
     control, alone, found = select(study, FW_ONLY, text, size), bw_only(study, text, size), ways(text, size, study)
@@ -139,8 +144,7 @@ for (text, width), (study, title) in STUDIES.items():
                 print(f"{name} / {other}: fw loss {pairs(runs, others, 'fw_loss')}, bw loss {pairs(runs, others, 'bw_loss')}")
     for name in (name for name in LATE if name in found):
         print(f"{name}, {after_the_start(found[name])}")
-    for steps in (0, 50, 150, None):
-        print("100 % from 0.8 to 0.9,", after_the_end(found["100 % from 0.8 to 0.9"], control, steps))
+    print_the_end(found["100 % from 0.8 to 0.9"], control)
     figure, (panels,) = new_figure(1, 3, (17, 5.2))
     draw_plane(panels[0], {name: runs for name, runs in found.items() if name != "bw alone from 0.95 on"}, control, alone)
     panels[0].set_title("at the end of training", fontsize=9, loc="left")
@@ -155,3 +159,6 @@ for (text, width), (study, title) in STUDIES.items():
     path.parent.mkdir(exist_ok=True)
     write_png(figure, path)
     print(f"\n{path}\n")
+
+print("toyworld with --lr_decay_slopes 0.999:")
+print_the_end(*(select("bw-start/slopes", variant, "toyworld") for variant in (MIDDLE["100 % from 0.8 to 0.9"], FW_ONLY)))
