@@ -253,7 +253,7 @@ def _usable(study: Study, run: Run) -> bool:
         study.note(f"run {run.name} is unfinished (no finished.json)")
     elif run.curve.empty:
         study.note(f"run {run.name} has no evaluations (empty curve.csv)")
-    elif variant_of(run).trains("bw") and not variant_of(run).throughout and not run.curve["tokens_bw"].iloc[-1]:
+    elif not (variant_of(run).throughout or run.curve["tokens_bw"].iloc[-1]):
         study.note(f"run {run.name} never learned bw")
     elif not np.isfinite(run.curve[["fw_loss", "bw_loss"]].iloc[-1].astype(float)).all():
         study.note(f"run {run.name} ends with a loss that is not finite")

@@ -20,7 +20,7 @@ def part(p_bw: float, start: float, end: float = 1.0, task: str = "fw+bw") -> Va
     return Variant(task, p_bw, bw_start=start, bw_end=end)
 
 
-ALL_ALONG = {f"{100 * p_bw:g} % all along": Variant("fw+bw", p_bw) for p_bw in (0.05, 0.1, 0.25, 1.0)}
+ALL_ALONG = {f"{100 * p_bw:g} % all along": Variant("fw+bw", p_bw) for p_bw in (0.05, 0.25, 1.0)}
 LATE = {f"100 % from {start:g} on": part(1.0, start) for start in (0.98, 0.9, 0.8)}
 MIDDLE = {"100 % from 0.8 to 0.9": part(1.0, 0.8, 0.9)}
 OTHERS = {"25 % from 0.75 on": part(0.25, 0.75), "bw alone from 0.95 on": part(1.0, 0.95, task="fw-or-bw")}
