@@ -117,6 +117,7 @@ class Study:
     notes: list[str] = field(default_factory=list)
     limited: Cells = field(default_factory=dict)  # fewer unique tokens, or dropout
     budget: str = "tokens"
+    pdf: bool = False  # its figures are drawn for a paper
 
     @property
     def groups(self) -> list[Group]:

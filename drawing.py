@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Iterable, Sequence, Sized
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, to_hex
@@ -183,16 +183,17 @@ def panels(count: int) -> tuple[Figure, list]:
 
 
 def save(study: Study, figure: Figure, group: Group, name: str, title: str, caption: str) -> Path:
-    """Adds title and caption, and writes the PNG. The group goes into the name where a study has several."""
-    figure.suptitle(title, fontsize=11)
-    width = figure.get_size_inches()[0]
-    caption = f"Study {'/'.join(part for part in study.folder.parts[-2:] if part != 'results')}. {caption}"
-    caption = textwrap.fill(caption.replace(" = ", "\u00a0=\u00a0"), int(width * 19))  # never breaks "p_bw = 0.05"
-    figure.text(0.01, -0.01, caption, fontsize=7, color="0.3", va="top")
+    """Adds title and caption, and writes the PNG (or a PDF without them). The group goes into the name where a study has several."""
     first = study.groups[0] if study.groups[0].bw_mask == "anticausal" else None
     suffix = "" if group == first else "_" + re.sub(r"[^\w.=-]+", "-", study.heading(group)).strip("-")
     path = study.folder / "figures" / f"{name}{suffix}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if study.pdf:
+        return write_pdf(figure, path.with_suffix(".pdf"))
+    figure.suptitle(title, fontsize=11)
+    caption = f"Study {'/'.join(part for part in study.folder.parts[-2:] if part != 'results')}. {caption}"
+    caption = textwrap.fill(caption.replace(" = ", "\u00a0=\u00a0"), int(figure.get_size_inches()[0] * 19))  # never breaks "p_bw = 0.05"
+    figure.text(0.01, -0.01, caption, fontsize=7, color="0.3", va="top")
     write_png(figure, path)
     return path
 
@@ -202,6 +203,15 @@ def write_png(figure: Figure, path: Path) -> None:
     figure.savefig(content, format="png", dpi=200, bbox_inches="tight", metadata={"Software": None})
     Image.open(content).convert("RGB").quantize(256).save(small, format="png", optimize=True)  # a palette: a third of the size
     write_atomically(path, small.getvalue())
+
+
+def write_pdf(figure: Figure, path: Path) -> Path:
+    """Vector graphics with fonts as text, as publishers want them."""
+    content = io.BytesIO()
+    with rc_context({"pdf.fonttype": 42}):
+        figure.savefig(content, format="pdf", bbox_inches="tight", metadata={"CreationDate": None})
+    write_atomically(path, content.getvalue())
+    return path
 
 
 def plain_log_axis(axis) -> None:

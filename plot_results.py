@@ -1,11 +1,13 @@
 """Every figure of a study, from its result tables alone (no torch). Numbers: compare.py; words: report.py; drawing:
-drawing.py; figures by size in plot_sizes.py, of p_bw and repeated text in plot_tradeoff.py, over layers in plot_layers.py.
+drawing.py; figures by size in plot_sizes.py, by any other setting in plot_settings.py, of p_bw and repeated text in
+plot_tradeoff.py, over layers in plot_layers.py.
 
     python plot_results.py                                # every study under results/
     python plot_results.py results/demo                   # everything its tables allow -> results/demo/figures/*.png
     python plot_results.py results/demo --figure curves ratio1_by_size --metric ppl --x tokens_total
     python plot_results.py results/demo --budget tokens_fw         # compare at equal forward tokens; also steps, seconds
     python plot_results.py results/demo --epochs 1 5 --order ratio_then_mean --seeds 100 101 --smooth 25
+    python plot_results.py results/demo --pdf             # for a paper: vector graphics without title and caption
     python plot_results.py results/demo --report          # verdicts and tables into results/demo/README.md, no figures
 
 A new figure: write a function (study, options) -> list of paths, and name it in FIGURES. What is missing or unfinished
@@ -33,6 +35,7 @@ from plot_context import context
 from plot_layers import layers_cut, layers_drop, layers_drop_ratio1, layers_drop_ratio2, layers_ratio1, layers_ratio2
 from plot_merge import merge
 from plot_reversal import reversal
+from plot_settings import by_setting
 from plot_sizes import bw_by_size, ratio1_by_size, ratio1_heatmap, ratio2_by_size
 from plot_tradeoff import pareto, repeats
 from report import describe, floor_of, short, summary
@@ -213,9 +216,8 @@ def leak(study: Study, options: Options = Options()) -> list[Path]:
             if level is not None:
                 ax.axhline(level, color="0.35", linestyle="--", linewidth=1)
                 labels.append((level, f"entropy of the text: {level:.3f}" if column == "bw_loss" else "as good as fw: 1", "0.35"))
-            if column == "bw_loss":
-                ax.set_yscale("log")
-                plain_log_axis(ax.yaxis)
+            ax.set_yscale("log")
+            plain_log_axis(ax.yaxis)
             ax.set_xlabel(X_LABELS[options.x], fontsize=8)
             ax.set_ylabel("bw validation loss, nats per token" if column == "bw_loss" else "ratio 2 = fw loss / bw loss", fontsize=8)
             label_ends(ax, labels)
@@ -235,7 +237,7 @@ def leak(study: Study, options: Options = Options()) -> list[Path]:
 FIGURES: dict[str, Callable[[Study, Options], list[Path]]] = {
     function.__name__: function
     for function in (
-        curves, own_tokens, leak, pareto, ratio1_training, ratio1_heatmap, ratio1_by_size, ratio2_by_size, bw_by_size, repeats,
+        curves, own_tokens, leak, pareto, ratio1_training, ratio1_heatmap, ratio1_by_size, ratio2_by_size, bw_by_size, by_setting, repeats,
         layers_ratio1, layers_ratio2, layers_cut, layers_drop, layers_drop_ratio1, layers_drop_ratio2,
         blocks_drop, blocks_angle, blocks_influence, context, merge, reversal,
     )
@@ -261,6 +263,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--bw_weight", type=float, help="which weight of the bw loss, if several were trained (default: 1, or the only one)")
     p.add_argument("--bw_start", type=float, help="which start of bw, if several were trained (default: 0, or the only one)")
     p.add_argument("--bw_end", type=float, help="which end of bw, if several were trained (default: 1, or the only one)")
+    p.add_argument("--pdf", action="store_true", help="PDF files without title and caption, for a paper, instead of PNG files")
     p.add_argument("--report", action="store_true", help="write the study's README.md from its tables instead of drawing")
     return p
 
@@ -295,6 +298,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     paths = []
     for folder in folders:
         study = load(folder, options.seeds, options.budget)
+        study.pdf = args.pdf
         if args.report:
             print(write_readme(study, options.chosen(study)))
         else:

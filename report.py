@@ -50,7 +50,8 @@ def describe(runs: Iterable[Run]) -> str:
     runs = list({run.folder: run for run in runs}.values())
     seeds = sorted({run["seed"] for run in runs})
     alike = ("depth", "width", "bw_mask", "unique_tokens", "dropout")
-    numbers = Counter((*(run.settings.get(name) for name in alike), variant_of(run)) for run in runs).values()
+    keys = {(*(run.settings.get(name) for name in alike), variant_of(run), run["seed"]) for run in runs}
+    numbers = Counter(key[:-1] for key in keys).values()
     means, peaks = zip(*(tokens_per_step(run) for run in runs))
     parts = [
         "Data " + ", ".join(sorted({run.config["data"]["name"] for run in runs})),

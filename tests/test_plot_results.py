@@ -17,12 +17,11 @@ import report
 import runs
 from cells import FW_ONLY, StudyError, Variant, choose, load
 from compare import ORDERS
-from drawing import includes_one, spread
 from study_readme import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 P5 = Variant("fw+bw", 0.05)
-OTHER_TABLES = {"blocks_angle", "blocks_influence", "context", "merge", "reversal", "bw_by_size", "pareto"}  # drawn from more than curves and layers of both directions
+OTHER_TABLES = {"blocks_angle", "blocks_influence", "context", "merge", "reversal", "bw_by_size", "by_setting", "pareto"}  # drawn from more than curves and layers of both directions
 
 
 @pytest.fixture(autouse=True)
@@ -151,22 +150,6 @@ def test_violins_by_size_and_the_points_on_them(tmp_path):
     assert list(plot_sizes.places(ratios, "params", "early", options)) == [2 * 64**2 * 1000, 2 * 128**2 * 1000]
 
 
-@pytest.mark.parametrize("wanted, gap", [([0.1, 0.5, 0.9], 0.1), ([0.5, 0.5, 0.5], 0.1), ([0.0, 0.0, 0.0, 0.3], 0.1), ([0.95, 0.97, 1.0], 0.05)])
-def test_labels_are_spread_without_overlap_and_about_their_lines(wanted, gap):
-    places = spread(wanted, gap)
-    assert min(np.diff(places)) >= gap - 1e-9 and 0 <= places[0] and places[-1] <= 1 + 1e-9
-    if wanted == [0.1, 0.5, 0.9]:
-        assert places == pytest.approx(wanted)
-    if wanted == [0.5, 0.5, 0.5]:
-        assert places == pytest.approx([0.4, 0.5, 0.6])
-
-
-def test_a_cell_is_undecided_where_the_interval_over_seeds_includes_one():
-    logs = np.log([[1.10, 0.90, 1.3], [1.11, 1.12, 1.3], [1.12, 1.0, 1.3]])  # (seeds, cells)
-    assert includes_one(logs).tolist() == [False, True, False]
-    assert includes_one(logs[:1]).tolist() == [True] * 3  # one seed tells nothing
-
-
 def test_bw_against_bw_only_by_size(tmp_path, monkeypatch):
     for width, worse in ((64, 2.0), (128, 1.5)):
         for seed in range(3):
@@ -255,11 +238,6 @@ def test_which_p_bw_is_compared(tmp_path):
     assert choose(load(tmp_path), 0.25) == Variant("fw-or-bw", 0.25)  # --p_bw tells, whatever the task
     assert choose(study, 0.3) is None and "p_bw = 0.3" in study.notes[-1]
     assert [term.seed for term in next(iter(compare.ratio2_separate(study).values()))] == [0]
-
-
-def test_smoothing_keeps_constants_also_at_the_edges():
-    assert plot_results.smoothed(np.full(7, 3.0), 4) == pytest.approx(3.0)
-    assert plot_results.smoothed(np.arange(7.0), 3)[1:-1] == pytest.approx(np.arange(1.0, 6.0))
 
 
 def test_tokens_per_step_show_the_giant_batches_at_the_end(tmp_path):
