@@ -11,6 +11,10 @@
 - an anti-causal pass counts positions from the right: see backbone.py
 - the row of step 0 is the model as it came; at the end eval_layers.py's tables are written (layers cut, left out singly and
   in blocks), and model/ gets the weights, in the library's form
+- --model is a folder or hub name with .safetensors and a fast tokenizer, attention as all that mixes tokens (each mask is tried on
+  four tokens first; hybrids with linear attention, ALiBi and GPT-Neo are refused)
+- memory, by arithmetic and not measured: with LoRA 2 bytes per frozen and 16 per trained parameter, with --lora 0 16 per parameter (and 12 on
+  disk to resume), plus activations, which --physical_tokens bounds. Deep models want --ablations cut
 - kill it whenever you like: the same command goes on from the last evaluation, and skips what is finished
 """
 
