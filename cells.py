@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from flags import UserError
-from runs import BW_SETTINGS, Run, RunError, label, read_study
+from runs import BW_SETTINGS, OPERATIONAL, Run, RunError, label, read_study
 
 # Settings that older runs do not have, and what those runs did.
 LATER_SETTINGS = {"unique_tokens": None, "dropout": 0.0, "optimizer": "adamw"} | BW_SETTINGS
@@ -32,7 +32,7 @@ CELL_SETTINGS = ("depth", "width", "num_heads", "data", "bw_mask", "unique_token
 CROSSED = ("bw_mask", "dropout")  # cells that differ in these alone meet in some comparisons
 # What tells the runs of one cell apart, and what cannot change what a run learns. Any other setting splits a cell.
 IGNORED_SETTINGS = (
-    "seed", "p_bw", "task", *BW_SETTINGS, "study", "eval_every", "eval_epochs", "physical_tokens", "device", "compile", "attention", "ablations",
+    "seed", "p_bw", "task", *BW_SETTINGS, *OPERATIONAL, "attention", "ablations",
 )  # fmt: skip
 # What a comparison holds equal, and the column that counts it. The article's is tokens: those of both directions.
 BUDGETS = {"tokens": "tokens_total", "tokens_fw": "tokens_fw", "steps": "step", "seconds": "seconds"}

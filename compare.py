@@ -268,7 +268,10 @@ def share_of_the_way(study: Study, variant: Variant, cell: Cell) -> np.ndarray:
 
 
 def bw_passes(run: Run) -> float | None:
-    """Micro-batches that were learned backward; None where the run's config does not tell the size of one."""
+    """Micro-batches that were learned backward. Older tables do not count them: then about as many as the tokens make, None where a
+    micro-batch's were left to the recipe."""
+    if np.isfinite(counted := final(run, "passes_bw") if "passes_bw" in run.curve else np.nan):
+        return counted
     return final(run, "tokens_bw") / run["batch_tokens"] if run.settings.get("batch_tokens") else None
 
 

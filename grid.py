@@ -29,7 +29,7 @@ import runs
 from data.tokens import DataError, find_folder, read_meta
 from flags import UserError
 from machine import Group
-from recipe import OPERATIONAL, Settings, share_done
+from recipe import Settings, share_done
 from runs import RunError
 
 BEAT = 20.0  # seconds between two signs of life
@@ -40,7 +40,7 @@ LOOK = 1.0  # seconds between two looks at runs that others are training
 def run_folder(settings: Settings) -> Path:
     """A run is named by every setting that changes its result and differs from the default, and by its seed."""
     default = Settings()
-    named = {name: value for name, value in asdict(settings).items() if name not in OPERATIONAL and value != getattr(default, name)}
+    named = {name: value for name, value in asdict(settings).items() if name not in runs.OPERATIONAL and value != getattr(default, name)}
     named |= {name: getattr(settings, name) for name in ("depth", "width", "p_bw", "seed")}
     return Path(settings.study) / runs.run_name(named)
 
@@ -78,7 +78,7 @@ class Claim:
                 pass
 
     def check(self) -> None:
-        """LostClaim if the run is another's by now. Called before everything that is written into the folder."""
+        """LostClaim if the run is another's by now. Called before every table, state and model that is written."""
         try:
             mine = claims(self.path.parent)[-1] == self.path and json.loads(self.path.read_text()) == identity(os.getpid())
         except (FileNotFoundError, IndexError, ValueError):
@@ -225,7 +225,11 @@ class Grid:
         self.bar.set_postfix_str(f"{len(self.failed)} failed, {what}" if self.failed else what)
 
     def fail(self, folder: Path, reason: str) -> None:
-        """Keeps the reason, here and, as far as the disk allows, in the run's folder."""
+        """Keeps the reason, here and, as far as the disk allows, in the run's folder; nothing if another process has the run by now."""
+        try:
+            self.claim.check()
+        except LostClaim:
+            return
         self.failed[folder] = reason
         try:
             runs.write_json(folder / "failed.json", {"reason": reason, "date": datetime.datetime.now().isoformat(timespec="seconds")})
@@ -291,7 +295,7 @@ def explain(error: Exception, settings: Settings, group: Group) -> str:
 
 @dataclass
 class Standing:
-    """How far one run is. `seconds`: from its first step to its last, for an unfinished one as it looks now."""
+    """How far one run is. `seconds`: from its first step to its last, for an unfinished one as it looks now, without evaluations."""
 
     name: str
     state: str  # done, running, planned or failed

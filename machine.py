@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import errno
 import gc
 import io
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils._triton import has_triton
 from tqdm import tqdm
 
+from flags import UserError
 from recipe import Settings
 from runs import RunError
 
@@ -103,7 +106,7 @@ def provenance() -> dict:
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "git_commit": commit,
         "date": datetime.date.today().isoformat(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 
@@ -116,14 +119,16 @@ def packed(state: dict[str, Any]) -> bytes:
 
 @contextmanager
 def unpacked(path: Path) -> Iterator[dict[str, Any]]:
-    """What `packed` made. RunError if it is damaged, or fails to be restored in the block."""
+    """What `packed` made. RunError if it is damaged, or fails to be restored in the block for no reason that passes."""
     try:
         if zipfile.ZipFile(path).testzip() is not None:  # torch.load does not look at the checksums
             raise ValueError("checksum")
         yield torch.load(path, map_location="cpu", weights_only=True)
-    except (torch.OutOfMemoryError, torch.AcceleratorError):  # no fault of the file
+    except (UserError, PermissionError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):  # no fault of the file
         raise
     except Exception as error:  # a damaged archive fails in many ways, none of which the user can act on differently
+        if "allocate memory" in str(error) or getattr(error, "errno", None) in (errno.EIO, errno.ESTALE):  # nor is that, on a CPU or a network's disk
+            raise
         raise RunError(f"{path} is damaged ({type(error).__name__}): delete it to train this run from its start") from None
 
 

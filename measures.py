@@ -16,7 +16,7 @@ from cells import FW_ONLY, Cell, Group, Study, Variant
 from compare import (
     Ratios, final, layer_values, log_ratios, lowest, paired, ratio1, ratio2, ratio2_separate, ratio_curve, windows, with_layers_of_both,
 )  # fmt: skip
-from report import floor_of, interval
+from report import floor_of, interval, short
 from runs import CONTEXT_COLUMNS, MERGE_COLUMNS, REVERSAL_COLUMNS, Run, read_table, split_table_name, table_name
 
 
@@ -26,6 +26,9 @@ class Scope(NamedTuple):
     study: Study
     variant: Variant
     group: Group
+
+    def with_mask(self, bw_mask: str) -> Scope:
+        return self._replace(group=self.group._replace(bw_mask=bw_mask))
 
     def of(self, ratios: Ratios) -> Ratios:
         return {cell: terms for cell, terms in ratios.items() if cell.group == self.group}
@@ -101,7 +104,7 @@ def below_floor(scope: Scope, label: str) -> str:
 
 def over_right_mask(scope: Scope, label: str) -> str:
     """Ratio 2 with the published mask / with the right one, paired by seed."""
-    terms = [scope._replace(group=scope.group._replace(bw_mask=mask)).of(ratio2(scope.study, scope.variant)) for mask in ("flipped", "anticausal")]
+    terms = [scope.with_mask(mask).of(ratio2(scope.study, scope.variant)) for mask in ("flipped", "anticausal")]
     flipped, right = ({term.seed: log for cell, some in side.items() if cell.label == label for term, log in zip(some, log_ratios(some))} for side in terms)
     pairs = np.array([flipped[seed] - right[seed] for seed in sorted(set(flipped) & set(right))])
     return f"{interval(pairs, 2)} times that of the right mask" if scope.group.bw_mask == "flipped" and len(pairs) else ""
@@ -118,8 +121,8 @@ def on_repeated_text(at_best: bool) -> Measure:
         for cell, terms in paired(scope.study, FW_ONLY, "fw_loss", scope.variant, "fw_loss", cells).items():
             epochs = np.mean([final(term.top, "epoch") for term in terms])
             pairs = [math.log(lowest(t.top, "fw_loss") / lowest(t.bottom, "fw_loss")) for t in terms]
-            found[epochs, cell.params] = f"{cell.label}, {epochs:.3g} epochs", np.array(pairs) if at_best else log_ratios(terms)
-        return dict(found[key] for key in sorted(found))
+            found[cell] = round(epochs, 1), np.array(pairs) if at_best else log_ratios(terms)
+        return by_repetition(found)
 
     return measure
 
@@ -133,9 +136,16 @@ def dropout_instead(scope: Scope) -> dict[str, np.ndarray]:
         if cell.group.dropout and seeds:
             epochs = np.mean([final(plain[seed], "epoch") for seed in seeds])
             logs = [math.log(lowest(plain[seed], "fw_loss") / lowest(by[FW_ONLY][seed], "fw_loss")) for seed in seeds]
-            label = f"{cell.label}, {epochs:.3g} epochs, dropout {cell.group.dropout:g}"
-            found[epochs, cell.params, cell.group.dropout] = label, np.array(logs)
-    return dict(found[key] for key in sorted(found))
+            found[cell] = round(epochs, 1), np.array(logs)
+    return by_repetition(found)
+
+
+def by_repetition(found: dict[Cell, tuple[float, np.ndarray]]) -> dict[str, np.ndarray]:
+    """{cell: (epochs, log-ratios)} -> those that saw their text most often last, then the largest; labels tell all of them apart."""
+    order = sorted(found, key=lambda cell: (found[cell][0], cell.params, cell.group.unique_tokens, cell.group.dropout))
+    names = {cell: f"{cell.label}, {found[cell][0]:.3g} epochs" + f", dropout {cell.group.dropout:g}" * (cell.group.dropout > 0) for cell in order}
+    alike = [name for name in names.values() if list(names.values()).count(name) > 1]
+    return {name + f", {short(cell.group.unique_tokens)} unique tokens" * (name in alike): found[cell][1] for cell, name in names.items()}
 
 
 def whole_over_one_layer(scope: Scope) -> dict[str, np.ndarray]:
@@ -157,10 +167,6 @@ def _cuts(scope: Scope, ratios: Ratios, contrast: Callable[[np.ndarray], np.ndar
         if len(top) and cell.depth > 1:
             found[cell.label] = contrast(np.log(top / bottom))
     return found
-
-
-def separate(scope: Scope) -> dict[str, np.ndarray]:
-    return {cell.label: log_ratios(terms) for cell, terms in scope.of(ratio2_separate(scope.study)).items()}
 
 
 def gap_growth_with_context(scope: Scope) -> dict[str, np.ndarray]:

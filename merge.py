@@ -22,7 +22,6 @@ import runs
 from cells import LATER_SETTINGS
 from flags import Parser, one_sentence
 from model import GPT, evaluate
-from recipe import OPERATIONAL
 from runs import RunError
 from trained import Trained, add_flags, finished, open_trained
 
@@ -69,7 +68,7 @@ def pairs(study: Path, p_bw: tuple[float, float]) -> list[tuple[Path, Path]]:
     for run in finished([study]):
         if run["task"] == "fw+bw" and run["p_bw"] in p_bw:
             settings = LATER_SETTINGS | run.settings
-            others = {name: value for name, value in settings.items() if name not in (*OPERATIONAL, "p_bw", *runs.BW_SETTINGS)}
+            others = {name: value for name, value in settings.items() if name not in (*runs.OPERATIONAL, "p_bw", *runs.BW_SETTINGS)}
             sides = alike.setdefault(json.dumps(others, sort_keys=True), ([], []))
             sides[p_bw.index(run["p_bw"])].append(([settings[name] for name in runs.BW_SETTINGS], run.folder))
     return [(a, b) for sides in alike.values() for (how, a), (other, b) in itertools.product(*sides) if how == other or 0 in p_bw]

@@ -15,9 +15,10 @@ import torch
 from data.tokens import DataError
 from flags import Option
 from model import GPT, GPTConfig
+from runs import BW_SETTINGS, OPERATIONAL
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Settings: every one is a flag; the comment behind it is its help text
+# Settings: every one is a flag; the words behind its default are its help text
 # ---------------------------------------------------------------------------------------------------------------------
 
 TASKS = ("fw+bw", "fw-or-bw", "fw", "bw", "adaptive")
@@ -81,12 +82,9 @@ class Settings:
     compile: str = Option("auto", "torch.compile the block, and on CUDA record whole passes as graphs; auto: on CUDA with a compiler", choices=("auto", "on", "off"))
 
 
-OPERATIONAL = ("study", "eval_every", "eval_epochs", "physical_tokens", "device", "compile")  # not part of a run's name
-
-
 def resolve(settings: Settings) -> Settings:
     """Fills in what follows from other settings, and rejects combinations that cannot be meant (DataError)."""
-    values = asdict(settings)
+    values = {name: float(value) if type(value) is int and "float" in Settings.__annotations__[name] else value for name, value in asdict(settings).items()}
     if settings.model_scale is not None:
         config = GPTConfig.from_scale(settings.model_scale)
         values |= {"depth": config.depth, "width": config.width, "model_scale": None}
@@ -94,14 +92,16 @@ def resolve(settings: Settings) -> Settings:
         values["p_bw"] = {"fw": 0.0, "bw": 1.0}[settings.task]
     if settings.task == "adaptive":
         values["p_bw"] = 1.0  # where it starts
-    if settings.task in ("fw", "bw") or values["p_bw"] == 0 or (settings.task, values["p_bw"], settings.bw_start, settings.bw_end) == ("fw-or-bw", 1, 0, 1):
-        values["bw_weight"] = 1.0  # there is nothing to weigh it against: in a grid over weights, one control serves them all
-    if settings.task in ("fw", "bw") or values["p_bw"] == 0:
-        values |= {"bw_start": 0.0, "bw_end": 1.0}  # nothing starts or ends, or all of it
+    if (settings.task, values["p_bw"]) == ("fw-or-bw", 0):
+        values["task"] = "fw+bw"  # the same run: in a grid over tasks, one control serves them all
+    if (settings.task, values["p_bw"], settings.bw_start, settings.bw_end) == ("fw-or-bw", 1, 0, 1):
+        values["task"] = "bw"
+    if values["task"] in ("fw", "bw") or values["p_bw"] == 0:
+        values |= BW_SETTINGS  # there is nothing to weigh, to start or to end: in a grid over these, one control serves them all
     if values["bw_start"] >= values["bw_end"]:
         raise DataError(f"--bw_start must be before --bw_end = {settings.bw_end:g}, got {settings.bw_start:g}")
-    if settings.steps and values["bw_start"] > 1 - 1 / settings.steps:
-        raise DataError(f"--bw_start {settings.bw_start:g} is after the last of --steps {settings.steps}")
+    if settings.steps and not any(values["bw_start"] <= step / settings.steps < values["bw_end"] for step in range(settings.steps)):
+        raise DataError(f"no step of --steps {settings.steps} is between --bw_start {settings.bw_start:g} and --bw_end {settings.bw_end:g}")
     if all(values[budget] is None for budget in ("epochs", "tokens", "tokens_fw", "steps")):
         raise DataError("no end is set: give --epochs, --tokens, --tokens_fw or --steps")
     if settings.tokens_fw and (settings.task == "bw" or (settings.task, settings.p_bw) == ("fw-or-bw", 1)):

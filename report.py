@@ -113,7 +113,7 @@ def alarms(study: Study) -> list[str]:
                 for direction, loss in losses.items():
                     if floor and loss < floor[0] - 3 * floor[1]:
                         found.append(f"{run.name}: {direction} loss {loss:.4f} is under the floor of {floor[0]:.4f}")
-                favoured = variant.p_bw * variant.bw_weight > 1 or (variant.task == "fw-or-bw" and not variant.throughout and variant.p_bw > 0.5)
+                favoured = variant.p_bw * variant.bw_weight > (1 - variant.p_bw if variant.task == "fw-or-bw" else 1)
                 both = variant.trains("fw") and variant.trains("bw") and not favoured
                 if not floor and both and losses["fw"] > 1.01 * losses["bw"]:
                     found.append(f"{run.name}: bw loss clearly below fw loss: a leak until proven otherwise")

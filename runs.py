@@ -34,7 +34,7 @@ from flags import UserError
 CURVE_COLUMNS = (
     "step", "epoch", "tokens_total", "tokens_fw", "tokens_bw", "seconds", "train_loss", "train_acc",
     "fw_loss", "fw_acc", "fw_ppl", "bw_loss", "bw_acc", "bw_ppl", "tokens_unique", "lr", "weight_decay",
-    "grad_norm", "micro_batches", "seq_len", "p_bw", "hit_cap", "slope_min",
+    "grad_norm", "micro_batches", "seq_len", "p_bw", "hit_cap", "slope_min", "passes_bw",
 )  # fmt: skip
 LAYERS_COLUMNS = (
     "ablation", "layers_remaining", "layer", "fw_loss", "fw_acc", "fw_ppl", "bw_loss", "bw_acc", "bw_ppl", "tokens",
@@ -45,7 +45,8 @@ DOCUMENTS_COLUMNS = ("direction", "document", "tokens", "loss")
 REVERSAL_COLUMNS = ("direction", "question", "orders", "stated", "pairs", "acc", "auc")
 MERGE_COLUMNS = ("run_a", "run_b", "weight", "fw_loss", "fw_acc", "fw_ppl", "bw_loss", "bw_acc", "bw_ppl")
 BW_SETTINGS = {"bw_weight": 1.0, "bw_start": 0.0, "bw_end": 1.0}  # settings that change only how bw is learned, and their usual values: one p_bw = 0 serves all
-LATER_COLUMNS = {CURVE_COLUMNS: ("hit_cap", "slope_min"), LAYERS_COLUMNS: ("tokens",)}  # that older tables lack: a new column goes here, too
+OPERATIONAL = ("study", "eval_every", "eval_epochs", "physical_tokens", "device", "compile")  # settings that change nothing of what is learned: not in a run's name
+LATER_COLUMNS = {CURVE_COLUMNS: ("hit_cap", "slope_min", "passes_bw"), LAYERS_COLUMNS: ("tokens",)}  # that older tables lack: a new column goes here, too
 KEYS = (  # a table that has these columns has one row for each of their values
     ("step",), ("ablation", "layers_remaining", "layer"), ("direction", "layer", "block_size"), ("direction", "context"),
     ("direction", "document"), ("direction", "question", "orders"), ("run_a", "run_b", "weight"),

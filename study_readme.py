@@ -110,9 +110,10 @@ def _loss_rows(study: Study, cell: Cell) -> list[list[str]]:
         cells = [f"*{text}*" if not variant.trains(direction) else text for direction, text in losses.items()]
         ratios = ["", "", "", ""]
         if variant not in (FW_ONLY, BW_ONLY):
-            one, two, enough = (ratio.get(cell) for ratio in (ratio1(study, variant), ratio2(study, variant), bw_against_bw_only(study, variant)))
-            p = p_value(*corrected(ratio1(study, variant))[cell]) if one else ""
-            ratios = [interval(log_ratios(one)) if one else "", p, interval(log_ratios(two)), interval(log_ratios(enough)) if enough else ""]
+            everywhere = [ratio(study, variant) for ratio in (ratio1, ratio2, bw_against_bw_only)]
+            p = p_value(*corrected(everywhere[0])[cell]) if cell in everywhere[0] else ""
+            one, two, enough = (interval(log_ratios(sizes[cell])) if cell in sizes else "" for sizes in everywhere)
+            ratios = [one, p, two, enough]
         rows.append([f"{cell.label} ({short(cell.params)})", variant.label, ", ".join(map(str, sorted(seeds))), *cells, *ratios])
     if separate := ratio2_separate(study).get(cell):
         seeds = ", ".join(str(term.seed) for term in separate)

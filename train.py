@@ -52,13 +52,14 @@ class Progress:
     micro_step: int = 0  # micro-batches so far
     tokens_fw: int = 0
     tokens_bw: int = 0
+    passes_bw: float = 0  # micro-batches that were learned backward; NaN where a run was begun before they were counted
     tokens_unique: int = 0  # tokens of text shown: a window learned in both directions counts once
     seconds: float = 0.0  # training only: no evaluation, no checkpoints
     seconds_in_all: float = 0.0  # with them
     micro_batches: float = 0.1  # per step, before rounding; where hlb-gpt starts
     p_bw: float = 0.0
     hit_cap: bool = False
-    last_loss: float | None = None  # of the last micro-batch; drives the weight decay
+    last_loss: float | None = None  # of the last micro-batch, fw where there was an fw pass; drives the weight decay
     train_loss: float | None = None  # mean over the step's micro-batches, fw where there was an fw pass
     train_acc: float | None = None
     grad_norm: float | None = None
@@ -135,13 +136,14 @@ class Training:
         length, batch = self.recipe.seq_len(p.step), self.recipe.batch(p.step)
         count = self.recipe.count(p.micro_batches, draw(seed, "micro_batches", p.step))
         p.hit_cap |= self.settings.micro_batches is None and p.micro_batches >= self.settings.max_micro_batches
-        sums, passes, last = {}, {"fw": 0, "bw": 0}, {}
+        sums, passes, last, latest = {}, {"fw": 0, "bw": 0}, {}, {}  # the last micro-batch's figures; the latest of each direction
         share = {"fw": 1 / count, "bw": self.settings.bw_weight / count}
         for _ in range(count):
             windows = torch.from_numpy(self.windows.next(batch, length))
             windows = windows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else windows
             last = {direction: self.run_pass(windows, direction, share[direction]) for direction in self.directions()}
             self.group.sum(last.values())
+            latest |= last
             for direction, figures in last.items():
                 sums[direction] = sums.get(direction, 0) + figures
                 passes[direction] += 1
@@ -151,6 +153,7 @@ class Training:
             p.tokens_unique += batch * length
         p.tokens_fw += passes["fw"] * batch * length
         p.tokens_bw += passes["bw"] * batch * length
+        p.passes_bw += passes["bw"]
 
         main = "fw" if "fw" in sums else "bw"
         self.group.sum_gradients(self.model)
@@ -161,7 +164,7 @@ class Training:
             group["weight_decay"] = self.recipe.weight_decay(p.last_loss) if group["name"] == "matrices" else 0.0
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.replays)
-        figures = torch.stack([last.get("fw", last.get("bw"))[0], *(sums[main] / passes[main]), grad_norm])
+        figures = torch.stack([latest[main][0], *(sums[main] / passes[main]), grad_norm])
         self.group.agree(figures)
         event = None
         if self.device.type == "cuda":
@@ -233,7 +236,7 @@ class Training:
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
             self.windows.restore(content["windows"])
-            self.progress = Progress(**content["progress"])
+            self.progress = Progress(**{"passes_bw": math.nan} | content["progress"])
         # Older versions saved no rows; their table may have one that the state has still to reach.
         rows = content["rows"] if "rows" in content else runs.read_rows(path.parent / "curve.csv", runs.CURVE_COLUMNS)
         self.rows = [row for row in rows if int(row["step"]) < self.progress.step]
@@ -301,7 +304,7 @@ def train(settings: Settings, folder: Path, group: Group, claim: Claim | None) -
         return group.together(lambda: work(training, folder, claim), first_only=True)
 
     group.say(f"{folder}: {training.model.num_params():,} parameters, {machine}\n{f'continues at step {p.step}' if p.step else 'starts'}\n{HEADER}")
-    with tqdm(total=1.0, bar_format="{percentage:3.0f}% |{bar:20}| {elapsed} < {remaining} {postfix}", leave=False, disable=group.rank > 0 or None) as bar:
+    with tqdm(total=1.0, initial=min(1.0, training.share_done()), bar_format="{percentage:3.0f}% |{bar:20}| {elapsed} < {remaining} {postfix}", leave=False, disable=group.rank > 0 or None) as bar:
         if p.step:  # a checkpoint is written before its evaluation, which may be missing
             group.say(format_row(first(write_row)))
         while training.share_done() < 1:

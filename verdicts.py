@@ -18,10 +18,10 @@ import numpy as np
 
 import article
 from cells import Group, Study, Variant, choose
-from compare import bw_against_bw_only, bw_passes, corrected, log_ratios, ratio1, ratio2, share_of_the_way
+from compare import bw_against_bw_only, bw_passes, corrected, log_ratios, ratio1, ratio2, ratio2_separate, share_of_the_way
 from measures import (
     Measure, Scope, at_the_end, barrier, below_floor, bw_over_floor, dropout_instead, end_over_first_epoch, gap_growth_with_context, growth,
-    growth_with_size, half_over_whole, on_repeated_text, over_right_mask, separate, whole_over_one_layer,
+    growth_with_size, half_over_whole, on_repeated_text, over_right_mask, whole_over_one_layer,
 )  # fmt: skip
 from published import ARROW_OF_TIME
 from report import plus_minus
@@ -121,7 +121,7 @@ def claims(variant: Variant) -> tuple[Claim, ...]:
               f"(width {small.width})", half_over_whole, 1.0),
         Claim("6 arrow", "Separate models find bw harder: fw loss of fw only / bw loss of bw only below 1",
               f"not there; Papadopoulos 2024: {100 / (100 + arrow[512]):.3f} (context 512)",
-              separate, 1.0, False),
+              at_the_end(lambda study, _: ratio2_separate(study)), 1.0, False),
         Claim("6 arrow", "The gap grows with context: bw / fw with the longest / with the shortest, above 1",
               f"not there; Papadopoulos 2024: {(100 + arrow[512]) / (100 + arrow[16]):.4f} (512 / 16)",
               gap_growth_with_context, 1.0),
@@ -164,7 +164,7 @@ def _number(value: float) -> str:
 
 
 def row(claim: Claim, scope: Scope) -> Row:
-    sides = {mask: scope._replace(group=scope.group._replace(bw_mask=mask)) for mask in ("flipped", "anticausal")}
+    sides = {mask: scope.with_mask(mask) for mask in ("flipped", "anticausal")}
     found = {mask: claim.measure(side) for mask, side in sides.items()}
     texts, interval, verdict = {"flipped": ABSENT, "anticausal": ABSENT}, "", ABSENT
     judged = speaker(found[claim.judged]) if found[claim.judged] else None
@@ -182,7 +182,7 @@ def cost_at_every_size(scope: Scope) -> Row:
     """Ratio 1 below 1 at every size: the one claim that tests many sizes at once, so its p-values are corrected (Holm)."""
     counts, verdict, interval = {}, ABSENT, ""
     for mask in ("flipped", "anticausal"):
-        ratios = scope._replace(group=scope.group._replace(bw_mask=mask)).of(ratio1(scope.study, scope.variant))
+        ratios = scope.with_mask(mask).of(ratio1(scope.study, scope.variant))
         tested = {cell: terms for cell, terms in ratios.items() if len(terms) >= NEEDED}
         if not tested:
             counts[mask] = ABSENT if not ratios else f"{len(ratios)} sizes, none with {NEEDED} seeds"

@@ -246,7 +246,7 @@ class TrainingWindows:
         return (uniform * (len(self.tokens) - length)).astype(np.int64)
 
     def state(self) -> dict:
-        """Where the stream stands, as a small dictionary for JSON."""
+        """Where the stream stands, as a small dictionary for a checkpoint."""
         return {"sampling": self.sampling, "seed": self.seed, "tokens": len(self.tokens),
                 "pass_number": self.pass_number, "length": self.length, "position": self.position}
 
@@ -274,7 +274,7 @@ def gather(data: np.ndarray, starts: np.ndarray, size: int) -> np.ndarray:
 def validation_windows(tokens: Tokens, length: int, batch: int, count: int | None = None) -> Iterator[np.ndarray]:
     """The whole split in its own order, the same for every run: int64 arrays (b, length + 1) with b <= batch.
 
-    Stride = length, so each of the N - 1 tokens after the first is scored exactly once. What is left at the end
+    Stride = length, so N - 1 tokens are scored exactly once: all but the last (without direction tokens, forward: the first). What is left at the end
     (fewer than length + 1 tokens) comes as one shorter window (1, r + 1). With `count`, only so many of the full
     windows, spread evenly over the split.
     """
@@ -295,7 +295,7 @@ def validation_windows(tokens: Tokens, length: int, batch: int, count: int | Non
 
 
 def num_scored(tokens: Tokens) -> int:
-    """How many tokens validation_windows scores: all but the first."""
+    """How many tokens validation_windows scores: all but one."""
     return len(tokens) - 1
 
 

@@ -161,11 +161,12 @@ def test_a_late_start_does_not_speak_for_training_from_the_start(tmp_path):
 
 
 def test_a_run_that_ends_before_it_starts_is_refused_or_left_out(tmp_path):
-    with pytest.raises(DataError, match="--bw_start 0.95 is after the last of --steps 10"):
-        resolve(Settings(steps=10, bw_start=0.95))
+    for start, end in ((0.95, 1), (0.05, 0.1)):
+        with pytest.raises(DataError, match=f"no step of --steps 10 is between --bw_start {start} and --bw_end {end}"):
+            resolve(Settings(steps=10, bw_start=start, bw_end=end))
     with pytest.raises(DataError, match="--bw_start must be before --bw_end = 0.5, got 0.5"):
         resolve(Settings(bw_start=0.5, bw_end=0.5))
-    assert resolve(Settings(steps=10, bw_start=0.9)).bw_start == 0.9
+    assert resolve(Settings(steps=10, bw_start=0.9)).bw_start == 0.9 and resolve(Settings(steps=10, bw_start=0.05, bw_end=0.11)).bw_end == 0.11
     plant_starts(tmp_path)
     folder = plant(tmp_path, seed=7, p_bw=1.0, bw_start=0.9)
     table = pd.read_csv(folder / "curve.csv")

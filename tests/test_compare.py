@@ -255,6 +255,10 @@ def test_five_per_cent_is_judged_with_control_passes_and_seeds_only(tmp_path):
     for path in tmp_path.glob("*/config.json"):
         path.write_text(path.read_text().replace('"batch_tokens": 1000', '"batch_tokens": null'))
     assert "passes is not known" in rows_of(tmp_path)[claim].verdict
+    for path in tmp_path.glob("*/curve.csv"):
+        pd.read_csv(path).assign(passes_bw=77).to_csv(path, index=False)
+    row = rows_of(tmp_path)[claim]
+    assert row.verdict == "does not hold" and "; 77 bw passes;" in row.anticausal
 
 
 def test_verdicts_over_sizes_and_training(tmp_path):

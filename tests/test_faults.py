@@ -161,6 +161,21 @@ def test_any_altered_byte_of_a_state_is_found_or_does_not_matter(corpus, whole, 
     assert_same_tables(tmp_path, whole)
 
 
+@pytest.mark.parametrize("error", [
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), PermissionError(errno.EACCES, "Permission denied"),
+    OSError(errno.EIO, "Input/output error"), torch.OutOfMemoryError("CUDA out of memory"), DataError("it belongs to another stream"),
+])  # fmt: skip
+def test_trouble_that_passes_is_not_taken_for_a_damaged_state(tmp_path, error):
+    """Or the user would be told to delete the only state of a run."""
+    (tmp_path / "state.pt").write_bytes(machine.packed({"step": 3}))
+    with pytest.raises(type(error), match=str(error).split(":")[0].split("]")[-1]):
+        with machine.unpacked(tmp_path / "state.pt"):
+            raise error
+    with pytest.raises(runs.RunError, match=r"is damaged \(KeyError\): delete it"):
+        with machine.unpacked(tmp_path / "state.pt") as content:
+            content["model"]
+
+
 @pytest.mark.parametrize("damage", [lambda t: t[:-9], lambda t: t.replace("0.", "7."), lambda t: t + t.splitlines(True)[-1], lambda t: ""])
 def test_a_damaged_table_is_written_anew_or_named(corpus, whole, tmp_path, monkeypatch, damage):  # noqa: F811
     """An unfinished run's table comes back from its state; a finished one's is refused."""

@@ -12,7 +12,7 @@ from tiny import assert_same_tables, corpus, flags, kill, start  # noqa: F401
 import grid
 import runs
 import train
-from grid import Claim, LostClaim, owner, status, take
+from grid import Claim, Grid, LostClaim, owner, status, take
 
 TWENTY = "--steps 4 --p_bw 0 0.5 --seed 1 2 3 4 5 6 7 8 9 10"
 
@@ -143,6 +143,16 @@ def test_a_process_that_lost_its_claim_writes_nothing_more(corpus, tmp_path, mon
     monkeypatch.setattr(grid.time, "sleep", wait)
     train.main(flags(corpus, tmp_path, "--steps 6"))
     assert list(runs.read_study(tmp_path)[0].curve.step) == [2, 4, 6]
+
+
+def test_a_failure_after_the_run_was_taken_over_is_the_others_business(tmp_path):
+    grid_of_one = Grid({tmp_path: None})
+    assert grid_of_one.next() == tmp_path
+    grid_of_one.claim.path.write_text('{"pid": 5, "host": "there"}')  # suspended for long, it wakes up and fails
+    grid_of_one.fail(tmp_path, "out of memory")
+    assert not (tmp_path / "failed.json").exists() and not grid_of_one.failed
+    grid_of_one.close()
+    grid_of_one.bar.close()
 
 
 def test_a_failure_is_kept_and_tried_again_by_the_next_command(corpus, tmp_path, monkeypatch):  # noqa: F811

@@ -51,6 +51,17 @@ def test_the_largest_model_speaks_for_repeated_text(tmp_path):
     assert [label.split(",")[0] for label in found] == ["2 x 64", "2 x 128"] and verdicts.speaker(found).startswith("2 x 128")
 
 
+def test_two_amounts_of_text_read_equally_often_are_two_results(tmp_path):
+    for unique, ratio in ((1000, 1.2), (100_000, 1.1)):
+        for seed in range(3):
+            plant(tmp_path, seed=seed, unique_tokens=unique, fw=3.0), plant(tmp_path, seed=seed, unique_tokens=unique, fw=3.0 / ratio, p_bw=0.05)
+            plant(tmp_path, seed=seed, unique_tokens=unique, fw=3.0 / ratio, dropout=0.1)
+    for measure, more in ((measures.on_repeated_text(False), ""), (measures.on_repeated_text(True), ""), (measures.dropout_instead, ", dropout 0.1")):
+        found = {label: float(np.exp(logs).mean()) for label, logs in measure(scope(tmp_path)).items()}
+        names = [f"2 x 64, 12 epochs{more}, {unique} unique tokens" for unique in ("1,000", "100 k")]
+        assert found == pytest.approx(dict(zip(names, (1.2, 1.1))))
+
+
 def test_runs_with_dropout_alone_stay_out_of_the_main_comparison(tmp_path):
     plant(tmp_path), plant(tmp_path, seed=1, dropout=0.1)
     study = load(tmp_path)
@@ -155,7 +166,7 @@ def test_every_claim_has_its_measure_threshold_and_side():
         ("3 cost", "at_the_end", 0.99, *right), ("3 cost", "growth_with_size", 1.0, *right), ("3 cost", "end_over_first_epoch", 1.0, *right),
         ("4 repeats", "on_repeated_text", 1.0, *right), ("4 repeats", "on_repeated_text", 1.0, *right), ("4 repeats", "dropout_instead", 1.0, *right),
         ("5 layers", "whole_over_one_layer", 1.0, *right), ("5 layers", "half_over_whole", 1.0, *right),
-        ("6 arrow", "separate", 1.0, False, "anticausal"), ("6 arrow", "gap_growth_with_context", 1.0, *right),
+        ("6 arrow", "at_the_end", 1.0, False, "anticausal"), ("6 arrow", "gap_growth_with_context", 1.0, *right),
         ("7 merging", "barrier", 1.01, False, "anticausal"),
     ]  # fmt: skip
 

@@ -8,10 +8,11 @@ from dataclasses import asdict
 import pytest
 from conftest import ROOT
 
+import machine
 import runs
 from cells import LATER_SETTINGS
 from grid import run_folder
-from recipe import Settings
+from recipe import Settings, resolve
 from runs import RunError
 
 
@@ -81,6 +82,22 @@ def test_a_name_depends_on_the_settings_not_on_their_order():
     assert runs.run_name(settings) == runs.run_name(dict(reversed(settings.items()))) != runs.run_name(settings | {"dtype": "float32"})
     assert run_folder(Settings(dtype="float32")) != run_folder(Settings()) == run_folder(Settings(device="cpu", compile="off"))
     assert runs.RUN_NAME.fullmatch(runs.run_name(settings))["p_bw"] == "0.05" and runs.RUN_NAME.fullmatch(runs.run_name(settings | {"p_bw": 1e-05}))
+
+
+def test_equal_runs_have_one_folder(monkeypatch):
+    """Whole numbers from a notebook; p_bw = 0 in a grid over tasks; all bw."""
+    def name(**settings):
+        return run_folder(resolve(Settings(**settings))).name
+
+    assert name(p_bw=0, tokens=1_000_000, weight_decay=0) == name(p_bw=0.0, tokens=1e6, weight_decay=0.0)
+    assert name(p_bw=0.0, task="fw-or-bw", bw_weight=3.0, bw_start=0.5) == name(p_bw=0.0)
+    assert name(p_bw=1.0, task="fw-or-bw") == name(task="bw") != name(p_bw=1.0, task="fw-or-bw", bw_end=0.5)
+    assert name(p_bw=0.5, task="fw-or-bw") != name(p_bw=0.5)
+
+
+def test_the_command_that_is_kept_can_be_run_again(monkeypatch):
+    monkeypatch.setattr(machine.sys, "argv", ["/somewhere/train.py", "--data", "my texts", "--seed", "1"])
+    assert machine.provenance()["command"] == "train.py --data 'my texts' --seed 1"
 
 
 def test_a_loss_altered_by_hand_is_found_in_any_table(tmp_path):

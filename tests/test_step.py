@@ -3,6 +3,7 @@
 Seed 100 draws bw at p_bw = 0.5 for each of its first eight micro-batches, so what is drawn is tried over hundreds of them.
 """
 
+import io
 import time
 
 import numpy as np
@@ -83,6 +84,23 @@ def test_the_number_of_micro_batches_is_drawn_by_seed(corpus):  # noqa: F811
         assert found == planned[:10]
 
 
+def test_backward_passes_are_counted_and_not_guessed_where_a_run_was_begun_before_they_were(corpus, tmp_path):  # noqa: F811
+    run = training(corpus, p_bw=1.0, micro_batches=2.0)
+    run.step(), run.step()
+    assert run.progress.passes_bw == run.evaluate()["passes_bw"] == 4
+    state = torch.load(io.BytesIO(run.state()), weights_only=True)
+    assert resumed(corpus, tmp_path, state).progress.passes_bw == 4
+    del state["progress"]["passes_bw"]
+    assert np.isnan(resumed(corpus, tmp_path, state).evaluate()["passes_bw"])
+
+
+def resumed(corpus, folder, state):  # noqa: F811
+    torch.save(state, folder / "state.pt")
+    run = training(corpus, p_bw=1.0, micro_batches=2.0)
+    run.restore(folder / "state.pt")
+    return run
+
+
 def test_the_mean_over_passes_is_reported_where_a_micro_batch_has_one_direction(corpus):  # noqa: F811
     run = training(corpus, task="fw-or-bw", p_bw=0.2, micro_batches=16.0, lr=0.0)
     run.step(), run.read_figures()
@@ -117,7 +135,7 @@ def test_a_row_tells_the_smallest_slope_and_tables_from_before_are_read(corpus, 
     assert run.evaluate()["slope_min"] == pytest.approx(np.log1p(np.exp(-5.0))) and run.model.slopes()[0] == pytest.approx(np.log1p(np.e))
     row = dict.fromkeys(runs.CURVE_COLUMNS, 1.0) | {"fw_ppl": np.e, "bw_ppl": np.e}
     del row["slope_min"]
-    runs.write_table(tmp_path / "curve.csv", [row], runs.CURVE_COLUMNS[:-1])
+    runs.write_table(tmp_path / "curve.csv", [row], tuple(name for name in runs.CURVE_COLUMNS if name != "slope_min"))
     assert len(runs.read_table(tmp_path / "curve.csv", runs.CURVE_COLUMNS)) == 1
 
 

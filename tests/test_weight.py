@@ -111,6 +111,12 @@ def test_a_large_weight_may_make_bw_the_better_direction(tmp_path):
     assert len(alarms(load(tmp_path))) == 1
 
 
+@pytest.mark.parametrize("p_bw, weight, expected", [(0.9, 1.0, 0), (0.3, 3.0, 0), (0.5, 1.0, 1), (0.3, 2.0, 1)])
+def test_where_bw_is_learned_instead_of_fw_the_alarm_weighs_their_passes(tmp_path, p_bw, weight, expected):
+    plant(tmp_path, task="fw-or-bw", fw=3.0, bw=2.0, p_bw=p_bw, bw_weight=weight)
+    assert len(alarms(load(tmp_path))) == expected
+
+
 def test_commands_of_merged_pairs_are_those_that_make_them(tmp_path):
     plant_weights(tmp_path)
     of_seed_0 = [run for run in runs.read_study(tmp_path) if run["seed"] == 0 and run["task"] == "fw+bw"]
