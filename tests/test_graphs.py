@@ -93,8 +93,8 @@ def test_what_cannot_be_recorded_is_computed_and_said(card, capsys):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_run_of_recorded_passes_is_the_run_of_computed_ones(corpus, tmp_path, monkeypatch):  # noqa: F811
-    """Both directions, growing sequences, several micro-batches a step, a killed and resumed run."""
-    more = "--steps 24 --p_bw 0.5 --depth 2 --width 64 --eval_every 6 --seq_len_start 8 --seq_len_double_every 6 --device cuda --compile on --dtype bfloat16"
+    """Both directions, one of them later and weighed, growing sequences, several micro-batches a step, a killed and resumed run."""
+    more = "--steps 24 --p_bw 0.5 --bw_weight 3 --bw_start 0.2 --depth 2 --width 64 --eval_every 6 --seq_len_start 8 --seq_len_double_every 6 --device cuda --compile on --dtype bfloat16"
     curves = {}
     for name in ("recorded", "computed", "resumed"):
         with monkeypatch.context() as change:
