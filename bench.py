@@ -41,7 +41,7 @@ from torch.nn.attention import _cur_sdpa_kernel_backends
 import bench_peers
 import bench_report
 from bench_work import Reference, flops, large_product, matrix_products
-from data.encode import tokenizer_of
+from data.tokens import load_tokenizer
 from data.prepare import main as prepare
 from data.sources import local_splits
 from eval_layers import ablate
@@ -116,7 +116,7 @@ def medians(work: dict[str, Callable[[], object]], repeats: int, device: torch.d
             seconds = (time.perf_counter() - start) / calls[name]
             if repeat >= 0:
                 times[name].append(1000 * seconds)
-            elif repeat == -1:
+            else:
                 calls[name] = max(1, math.ceil(0.2 / seconds))
     return {name: {"ms": statistics.median(values), "low": min(values), "high": max(values)} for name, values in times.items()}
 
@@ -264,7 +264,7 @@ def measure_prepare(text: Path, megabytes: int = 200, repeats: int = 3) -> dict[
     splits, _ = local_splits(text, "text", 0.01)
     texts = ["".join(block for block, _ in blocks) for split in splits.values() for blocks, _ in split]
     size = sum(len(document.encode()) for document in texts)
-    copies, tokenizer, times = math.ceil(1e6 * megabytes / size), tokenizer_of("gpt2"), {"tiktoken": [], "prepare": [], "plain": []}
+    copies, tokenizer, times = math.ceil(1e6 * megabytes / size), load_tokenizer("gpt2"), {"tiktoken": [], "prepare": [], "plain": []}
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "plain.txt"
         plain.write_text("".join(texts) * copies, encoding="utf-8", newline="")

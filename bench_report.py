@@ -42,9 +42,16 @@ def latest(files: list[dict], device: str) -> list[dict]:
         good = [point for point in content["points"] if content["device"] == device and "failed" not in point]
         for point in good:
             peak = max(other["peak_flops_per_s"] for other in good if other["dtype"] == point["dtype"])
-            key = tuple(point[name] for name in ("depth", "width", "seq_len", "batch", "dtype", "compiled"))
+            key = tuple(point[name] for name in ("machine", "depth", "width", "seq_len", "batch", "dtype", "compiled"))
+            points.pop(key, None)  # the newest come last
             points[key] = point | {"peak_flops_per_s": peak}
     return list(points.values())
+
+
+def by_machine(points: list[dict]) -> dict[str, list[dict]]:
+    """The machine that was measured last comes first."""
+    machines = list(dict.fromkeys(point["machine"] for point in reversed(points)))
+    return {machine: [point for point in points if point["machine"] == machine] for machine in machines}
 
 
 def seconds(point: dict, name: str, which: str = "ms") -> float | None:
@@ -138,7 +145,7 @@ TARGETS: list[tuple[str, int, int, int, str, Callable[[dict], str]]] = [
 
 
 def targets(files: list[dict]) -> str:
-    points = {device: latest(files, device) for device in ("cuda", "cpu")}
+    points = {"cuda": latest(files, "cuda"), "cpu": [point for point in latest(files, "cpu") if point["cores"] == 2]}
     rows = []
     for device, *size, text, value in TARGETS:
         point = find(points[device], *size)
@@ -234,9 +241,9 @@ def details(point: dict) -> str:
 def tables(files: list[dict]) -> str:
     parts = ["### Targets", targets(files)]
     for device, name in (("cuda", "GPU"), ("cpu", "CPU")):
-        points = latest(files, device)
-        parts.append(f"### {name}")
-        parts += [step_table(points), *(details(p) for p in points if p["full"])] if points else [f"Not measured: no {name} was at hand."]
+        for machine, points in by_machine(latest(files, device)).items():
+            parts += [f"### {name}: {machine.split(',')[0]}", step_table(points), *(details(p) for p in points if p["full"])]
+        parts += [] if latest(files, device) else [f"### {name}", f"Not measured: no {name} was at hand."]
     parts += ["### Every way to compute the model, against the plain one", parity_table(files)]
     parts += ["### Commands", markdown_table(["file", "date", "command"], [[f"`{c['file']}`", c["date"], f"`{c['command']}`"] for c in files])]
     return "\n\n".join(parts)
@@ -253,7 +260,7 @@ def figure(files: list[dict], path: Path) -> None:
     devices = [device for device in measured if len(latest(files, device)) > 1] or measured
     drawing, axes = new_figure(len(devices), 4, (13, 0.6 + 2.9 * len(devices)))
     for row, device in zip(axes, devices):
-        points = latest(files, device)
+        points = next(iter(by_machine(latest(files, device)).values()))
         main = next((p for p in points if p["full"]), points[0])
         sizes = sorted((p for p in points if (p["seq_len"], p["batch"]) == (main["seq_len"], main["batch"])), key=lambda p: p["params"])
         lengths = sorted((p for p in points if (p["depth"], p["width"]) == (main["depth"], main["width"])), key=lambda p: p["seq_len"])
@@ -265,7 +272,7 @@ def figure(files: list[dict], path: Path) -> None:
                 ax.vlines(range(len(some)), *([value(p, name, which) for p in some] for which in ("high", "low")), color=colour, linewidth=0.8)
             peers = (("hlb-gpt", "D", "hlb-gpt's own code"), (HLB_BF16, "v", "..., attention in bf16"), ("nanoGPT", "s", "nanoGPT's own code"))
             for colour, (name, marker, text) in zip(COLOURS[2:], peers):
-                there = [(spot, value(p, name)) for spot, p in enumerate(some) if name in p["times"]]
+                there = [(spot, value(p, name)) for spot, p in enumerate(some) if name in p["times"] and not (share and name == "nanoGPT")]  # other FLOPs
                 ax.plot(*zip(*there), marker, color=colour, markersize=4.5, label=text) if there else None
             names = [f"{p['depth']}x{p['width']}" if key == "params" else str(p["seq_len"]) for p in some]
             ax.set_xticks(range(len(some)), names, rotation=45, fontsize=7)

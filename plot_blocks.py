@@ -16,7 +16,7 @@ import numpy as np
 from scipy import stats
 
 from cells import BW_ONLY, FW_ONLY, Cell, Study, Variant
-from drawing import CHOICE, Options, label_ends, new_figure, panels, save, variant_colours
+from drawing import CHOICE, Options, label_ends, new_figure, numbered, panels, save, variant_colours
 from report import describe, short
 from runs import LAYERS_COLUMNS, SIMILARITY_COLUMNS, Run, read_table, split_table_name, table_name
 
@@ -164,7 +164,7 @@ def _influence_panel(ax, cell: Cell, found: dict, colours: dict) -> None:
         for line in lines:
             ax.plot(line, dash, color=colours[variant], linewidth=0.6, alpha=0.45)
         ax.plot(lines.mean(0), dash, color=colours[variant], linewidth=1.6, marker="o", markersize=2.5)
-        labels.append((lines.mean(0)[-1], f"{direction}, {variant.label}", colours[variant]))
+        labels.append((lines.mean(0)[-1], numbered(f"{direction}, {variant.label}", of, found.values()), colours[variant]))
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_ylim(bottom=0)
     ax.set_title(f"{cell.label} ({short(cell.params)})", fontsize=9, loc="left")

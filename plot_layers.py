@@ -13,7 +13,7 @@ import numpy as np
 from cells import Cell, Study
 from compare import ORDER_WORDS, ORDERS, ablation, average, final, layer_values, with_layers, with_layers_of_both
 from drawing import (
-    CHOICE, METRIC_LABELS, UNDECIDED, UNITS, Options, by_group, coloured_cells, includes_one, label_ends, meaning, new_figure, panels, pick, plain_log_axis,
+    CHOICE, METRIC_LABELS, UNDECIDED, UNITS, Options, by_group, coloured_cells, includes_one, label_ends, meaning, new_figure, numbered, panels, pick, plain_log_axis,
     runs_of, save, variant_colours,
 )  # fmt: skip
 from report import describe, short
@@ -127,7 +127,7 @@ def _layer_panel(ax, cell: Cell, by: dict, kind: str, metric: str, log: bool, co
             for line in lines:
                 ax.plot(places, line, dash, color=colours[variant], linewidth=0.6, alpha=0.45)
             ax.plot(places, lines.mean(0), dash, color=colours[variant], linewidth=1.6, marker="o", markersize=2.5)
-            labels.append((lines.mean(0)[-1], f"{direction}, {variant.label}", colours[variant]))
+            labels.append((lines.mean(0)[-1], numbered(f"{direction}, {variant.label}", found, by.values()), colours[variant]))
     if kind == "drop":
         ax.axhline(0, color="0.5", linewidth=1)
         if log:  # a layer may also do harm: negative values keep their place

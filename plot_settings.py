@@ -85,9 +85,10 @@ def _ratios(cells: dict[str, Cell], terms: dict) -> Values:
 
 
 def _numbers(by: dict[str, dict[Variant, dict[int, Run]]]) -> str:
-    """How many seeds the values have, where they are not the same."""
-    numbers = {value: max(map(len, cell.values())) for value, cell in by.items()}
-    return f"Seeds: {', '.join(f'{number} at {value}' for value, number in numbers.items())}. " if len(set(numbers.values())) > 1 else ""
+    """How many seeds the points have, where they are not the same."""
+    numbers = {value: sorted({len(seeds) for seeds in cell.values()}) for value, cell in by.items()}
+    told = (f"{' to '.join(map(str, dict.fromkeys((found[0], found[-1]))))} at {value}" for value, found in numbers.items())
+    return f"Seeds: {', '.join(told)}. " if len({number for found in numbers.values() for number in found}) > 1 else ""
 
 
 def _panel(ax, values: list[str], lines: Values, colours: dict[Variant, str], geometric: bool) -> None:

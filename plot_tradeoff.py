@@ -14,7 +14,7 @@ from matplotlib.ticker import NullLocator
 
 from cells import BUDGETS, BW_ONLY, FW_ONLY, Cell, Study, Variant, corpus_tokens
 from compare import bw_against_bw_only, final, log_ratios, lowest, share_of_the_way, value_at
-from drawing import CHOICE, COLOURS, DASHES, Options, label_ends, label_points, new_figure, plain_log_axis, save, variant_colours
+from drawing import CHOICE, COLOURS, DASHES, Options, label_ends, label_points, new_figure, numbered, plain_log_axis, save, variant_colours
 from report import describe, floor_of, interval, short
 from runs import BW_SETTINGS, Run
 from stats import mean_interval
@@ -46,25 +46,34 @@ def pareto(study: Study, options: Options = Options()) -> list[Path]:
         figure, axes = new_figure(rows, columns, (wide * columns, 0.8 + 0.8 * wide * rows))
         for ax in axes.flat[panels:]:
             ax.set_visible(False)
-        for ax, cell in zip(axes.flat, swept):
-            _sweep_panel(ax, study.cells[cell], _values(study.cells[cell], options.budget))
+        alike = {cell: _alike(study.cells[cell]) for cell in swept}
+        for ax, (cell, by) in zip(axes.flat, alike.items()):
+            _sweep_panel(ax, by, _values(by, options.budget))
             ax.set_title(f"{cell.label} ({short(cell.params)})", fontsize=9, loc="left")
         if together:
-            alike = {cell: {chosen: study.cells[cell][chosen]} for cell in sizes}
-            _sizes_panel(axes.flat[panels - 1], alike, chosen)
-        shown = {cell: study.cells[cell] if cell in swept else {chosen: study.cells[cell][chosen]} for cell in {*swept, *(sizes * together)}}
+            _sizes_panel(axes.flat[panels - 1], {cell: {chosen: study.cells[cell][chosen]} for cell in sizes}, chosen)
+        shown = {cell: alike[cell] if cell in swept else {chosen: study.cells[cell][chosen]} for cell in {*swept, *(sizes * together)}}
         runs = [run for by in shown.values() for seeds in by.values() for run in seeds.values()]
         where = "at the end of training" if options.budget == "tokens" else f"at equal {options.equal}, where the first run of a sweep ends"
         caption = f"Validation loss {where}; down and left is better. Small: each seed; large: mean over seeds with 95 % t-intervals, which may "
         different = [f"{name} (behind {SIGNS.get(name, name)})" for name, usual in BW_SETTINGS.items() if any(getattr(v, name) != usual for by in shown.values() for v in by)]
         caption += f"reach out of the picture; lines join rising p_bw within {' and '.join(['a task', *different])}. "
-        caption += "All sizes: colour tells the width, marker the depth. " if together else ""
+        caption += "All sizes: at the end of training, of all seeds; colour tells the width, marker the depth. " if together else ""
+        fewer = [cell.label for cell in swept if alike[cell] != study.cells[cell]]
+        caption += f"{', '.join(fewer)}: of the seeds that every p_bw has. " if fewer else ""
+        caption += "Points with another n are means over other seeds, which are no pairs. " if any(len({*map(len, alike[cell].values())}) > 1 for cell in swept) else ""
         if swept:
             caption += "Grey lines and bands: models trained in one direction only, with their interval; their other loss is far off the scale. "
         caption += _enough(study, cells, options) + describe(runs) + "."
         title = f"What p_bw buys: fw loss against bw loss, {study.heading(group)}"
         paths.append(save(study, figure, group, "pareto" + options.tag(*CHOICE), title, caption))
     return paths
+
+
+def _alike(by: dict[Variant, dict]) -> dict[Variant, dict]:
+    """Of every variant the seeds that all of them have, where these are three or more: means over different seeds are no pairs."""
+    common = set.intersection(*map(set, by.values()))
+    return {variant: {seed: seeds[seed] for seed in seeds if seed in common} for variant, seeds in by.items()} if len(common) >= 3 else by
 
 
 def _values(by: dict[Variant, dict], budget: str) -> Callable[[Run, str], float]:
@@ -108,6 +117,7 @@ def _sweep_panel(ax, by: dict[Variant, dict], value: Callable[[Run, str], float]
             ax.plot(*np.array(means).T, dash, color=colour, linewidth=1, marker=sign, markersize=5, label=name)
             signs = [f"{SIGNS.get(name, name)} {value:g}" for name, value in told]
             names = [" ".join([f"{100 * variant.p_bw:g} %"] * (task != "adaptive") + signs) for variant in line]
+            names = [numbered(text, by[variant], [by[other] for other in swept]) for text, variant in zip(names, line)]
             labels += [(*mean, name, colour) for mean, name in zip(means, names)]
     for variant, column, axis in ((FW_ONLY, "fw_loss", 0), (BW_ONLY, "bw_loss", 1)):
         if variant in by:
@@ -209,7 +219,7 @@ def repeats(study: Study, options: Options = Options()) -> list[Path]:
             _repeats_panel(axes[0, column], lines, read, when, variant_colours(study))
             _gain_panel(axes[1, column], lines, read, when, variant_colours(study))
         runs = [run for points in lines.values() for seeds in points for run in seeds]
-        caption = "Thin: each seed; thick: mean over seeds with 95 % t-intervals, below: of ratios paired by seed. All runs of a line but for its unique tokens are alike; one epoch "
+        caption = "Small: each seed; large: mean over seeds with 95 % t-intervals, below: of ratios paired by seed. All runs of a line but for its unique tokens are alike; one epoch "
         caption += "is one pass over those, tokens of both directions counted. Unique tokens: "
         caption += ", ".join(short(tokens) for tokens in sorted({corpus_tokens(run) for run in runs})) + ". "
         title = f"Repeated text: fw loss of {size.label} ({short(size.params)}), {study.heading(size.group)}"

@@ -9,7 +9,6 @@ alone. A run of text without a place to cut (a megabyte of letters, say) is held
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import multiprocessing
 import os
@@ -91,15 +90,9 @@ def tasks(split: Iterable[Document], cut: re.Pattern | None, size: int) -> Itera
     yield pieces, total_read, ended
 
 
-@functools.lru_cache(maxsize=2)
-def tokenizer_of(name: str):
-    """The encoding; once per process, and not at all in a worker forked from a process that has it."""
-    return load_tokenizer(name)
-
-
 def encode(tokenizer: str, dtype: str, pieces: list) -> tuple[bytes, int]:
     """Tokens of the pieces one after the other, as bytes, and the size of the text in UTF-8."""
-    encoding, parts, size = tokenizer_of(tokenizer), [], 0
+    encoding, parts, size = load_tokenizer(tokenizer), [], 0
     for piece in pieces:
         if piece is None:
             parts.append(np.array([encoding.eot_token], DTYPES[dtype]))
@@ -120,7 +113,7 @@ def start_worker(tokenizer: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()      # a killed parent ends us
-    tokenizer_of(tokenizer)
+    load_tokenizer(tokenizer)       # a worker forked from a process that has it has it, too
 
 
 @contextmanager

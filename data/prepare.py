@@ -30,7 +30,7 @@ if not __package__:                         # run as a script: the project's roo
 
 from data.encode import workers, write_tokens  # noqa: E402
 from data.sources import local_splits, read_hub  # noqa: E402
-from data.tokens import FEWEST, DataError, check_out, load_tokenizer, replaced_folder  # noqa: E402
+from data.tokens import DataError, check_out, check_split, load_tokenizer, replaced_folder  # noqa: E402
 from flags import Parser, one_sentence  # noqa: E402
 
 HUB = {"wikitext-103": "wikitext-103-raw-v1", "wikitext-2": "wikitext-2-raw-v1"}       # our name -> configuration
@@ -48,7 +48,7 @@ SMALL = 4_000_000           # bytes of input for which starting workers costs mo
 # Writing
 
 
-def prepare_text(args: argparse.Namespace, out: Path, count: int | None, command: str) -> dict:
+def prepare_text(args: argparse.Namespace, out: Path, command: str) -> dict:
     """Encode a WikiText data set or local text into the folder `out`. Returns its meta.json."""
     from tqdm import tqdm
     encoding = load_tokenizer(args.tokenizer)
@@ -60,7 +60,7 @@ def prepare_text(args: argparse.Namespace, out: Path, count: int | None, command
     else:
         splits, size = local_splits(Path(args.source), args.text_field, args.val_fraction)
         source, licence = args.source, "that of the source, which is not recorded here"
-    count = count or (1 if size is not None and size < SMALL else os.cpu_count() or 1)
+    count = args.workers or (1 if size is not None and size < SMALL else os.cpu_count() or 1)
     start, entries = time.perf_counter(), {}
     with replaced_folder(out) as partial:
         with workers(count, args.tokenizer) as pool, \
@@ -68,9 +68,7 @@ def prepare_text(args: argparse.Namespace, out: Path, count: int | None, command
             for name, split in splits.items():
                 with open(partial / f"{name}.bin", "wb") as file:
                     entry = write_tokens(file, split, args.tokenizer, dtype, pool, progress=bar.update)
-                if entry["tokens"] < FEWEST[name]:
-                    raise DataError(f"{args.source}: the {name} split has {'a single token' if entry['tokens'] else 'no text'}; give a larger text, "
-                                    f"another --val-fraction, or files of your own for train and val")
+                check_split(args.source, name, entry["tokens"])
                 entries[name] = {"file": f"{name}.bin", **entry}
         meta = {"name": out.name, "tokenizer": args.tokenizer, "vocab_size": encoding.n_vocab, "dtype": dtype,
                 "eot_token": encoding.eot_token, "splits": entries, "source": source, "licence": licence,
@@ -146,9 +144,9 @@ def run(args: argparse.Namespace, command: str) -> dict:
     check_out(out)
     if args.source in TOYWORLDS:
         from data.toyworld import write_corpus
-        meta = write_corpus(out, seed=args.seed or 0, train_tokens=args.train_tokens or 750_000, single=TOYWORLDS[args.source])
+        meta = write_corpus(out, seed=args.seed or 0, train_tokens=args.train_tokens or 750_000, single=TOYWORLDS[args.source], command=command)
     else:
-        meta = prepare_text(args, out, args.workers, command)
+        meta = prepare_text(args, out, command)
     report(meta, args, out)
     return meta
 

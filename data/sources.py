@@ -103,7 +103,8 @@ def read_jsonl(path: Path, field: str) -> Iterator[tuple[str, int]]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     position = raw.tell()
-                    yield json_text(path, number, offset, line, field), position - done
+                    text = line if offset else line.removeprefix(codecs.BOM_UTF8)
+                    yield json_text(path, number, offset, text, field), position - done
                     done = position
                 offset += len(line)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -212,14 +213,19 @@ def text_files(folder: Path) -> list[Path]:
 def split_of(path: Path) -> str | None:
     """"train", "val" or "test" if a part of the file's name (or else of its folders' names) says so."""
     for part in reversed(path.parts):
-        for word in re.findall("[a-z]+", part.lower()):
+        for word in re.split(r"[._\-\d]+", part.lower()):      # not at spaces: "Val Kilmer.txt" is an article
             if word in SPLIT_WORDS:
                 return SPLIT_WORDS[word]
     return None
 
 
+def some(files: list[Path], folder: Path) -> str:
+    names = ", ".join(str(path.relative_to(folder)) for path in files[:3])
+    return names + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+
+
 def local_splits(source: Path, field: str, val_fraction: float) -> tuple[dict[str, Iterator[Document]], int]:
-    """Documents of each split of a file or folder, and the bytes of its files."""
+    """Documents of each split of a file or folder, and the bytes of its files. Files of a test split are left out, which is said."""
     if source.is_file():
         files, named = [source], {None: [source]}
     else:
@@ -227,17 +233,16 @@ def local_splits(source: Path, field: str, val_fraction: float) -> tuple[dict[st
         named = {}
         for path in files:
             named.setdefault(split_of(path.relative_to(source)), []).append(path)
-    for path in named.pop("test", []):
-        print(f"left out (test split): {path}")
-        files.remove(path)
+    if test := named.pop("test", []):
+        print(f"left out, test split by file name: {some(test, source)}")
+        files = sorted({*files} - {*test})
     if not files or not suffix_of(files[0]):
         raise DataError(f"{source} holds no text to train on: it takes files of type {', '.join(SUFFIXES)}")
     size = sum(path.stat().st_size for path in files)
     val = named.get("val", [])
-    train = [path for path in files if path not in set(val)]
+    train = sorted({*files} - {*val})
     if train and val:
-        names = ", ".join(str(path.relative_to(source)) for path in val[:3]) + (f" and {len(val) - 3} more" if len(val) > 3 else "")
-        print(f"validation split, by file name: {names} (no share of the text is set aside)")
+        print(f"validation split, by file name: {some(val, source)} (no share of the text is set aside)")
         return {"train": documents(train, field), "val": documents(val, field)}, size
     if all(suffix_of(path) == ".txt" for path in files):
         return share_of_bytes(files, val_fraction), size
@@ -255,22 +260,23 @@ def local_splits(source: Path, field: str, val_fraction: float) -> tuple[dict[st
 def documents(files: list[Path], field: str) -> Iterator[Document]:
     for path in files:
         if suffix_of(path) == ".txt":
-            yield TextPart(path, 0, path.stat().st_size), len(files) > 1
+            yield TextPart(path, beginning(path), path.stat().st_size), len(files) > 1
         else:
             for block in (read_parquet if suffix_of(path) == ".parquet" else read_jsonl)(path, field):
                 yield (block,), True
 
 
 def share_of_bytes(files: list[Path], val_fraction: float) -> dict[str, Iterator[Document]]:
-    """The last share of the bytes of all .txt files, or a little more: cut where a line begins, or if all is one line, a word."""
+    """The last share of the bytes of all .txt files, or a little more: cut where a line begins, or if all is one line, a word or a character."""
     sizes = [path.stat().st_size for path in files]
     edge = int(sum(sizes) * (1 - val_fraction))
     train, val = [], []
     for path, size in zip(files, sizes):
-        cut = 0 if edge <= 0 else size if edge >= size else behind(path, edge, b"\n") or behind(path, edge, b" ")
+        cut = 0 if edge <= 0 else size if edge >= size else behind(path, edge, b"\n") or behind(path, edge, b" ") or character(path, edge)
         edge -= size
-        train += [(path, 0, cut)] * (cut > 0)
-        val += [(path, cut, size)] * (cut < size)
+        start = beginning(path)
+        train += [(path, start, cut)] * (cut > start)
+        val += [(path, max(start, cut), size)] * (cut < size)
     ends = len(files) > 1
     return {"train": ((TextPart(*part), ends) for part in train), "val": ((TextPart(*part), ends) for part in val)}
 
@@ -285,6 +291,20 @@ def behind(path: Path, position: int, mark: bytes) -> int:
                 return start + found + 1
             position = start
     return 0
+
+
+def character(path: Path, position: int) -> int:
+    """Where the character that byte `position` belongs to begins."""
+    with open(path, "rb") as file:
+        file.seek(start := max(0, position - 3))
+        window = file.read(position + 1 - start)
+    return start + max((i for i, byte in enumerate(window) if byte & 0xC0 != 0x80), default=0)
+
+
+def beginning(path: Path) -> int:
+    """Where a text file's text begins: behind the mark that some editors put in front of UTF-8."""
+    with open(path, "rb") as file:
+        return 3 if file.read(3) == codecs.BOM_UTF8 else 0
 
 
 def count_documents(path: Path) -> int:

@@ -13,10 +13,11 @@ meta.json, which says what they are. A window is length + 1 tokens: `length` of 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,8 +152,10 @@ def file_sha256(path: Path) -> str:
 @contextmanager
 def replaced_folder(out: Path) -> Iterator[Path]:
     """An empty folder that takes the place of `out` when the block ends well, and vanishes when it does not."""
-    partial, old = (out.with_name(f".{out.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
-    partial.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    old = out.with_name(partial.name.replace(".partial-", ".old-"))
+    partial.chmod(0o755)
     try:
         yield partial
         if out.exists():
@@ -163,6 +166,13 @@ def replaced_folder(out: Path) -> Iterator[Path]:
         if old.exists() and not out.exists():       # stopped between the two renames
             old.rename(out)
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_split(source: str, split: str, tokens: int) -> None:
+    """DataError for a split that cannot be trained on or scored."""
+    if tokens < FEWEST[split]:
+        raise DataError(f"{source}: the {split} split has {'a single token' if tokens else 'no text'}; give a larger text, "
+                        f"another --val-fraction, or files of your own for train and val")
 
 
 def check_out(out: Path) -> None:
@@ -303,6 +313,7 @@ def num_scored(tokens: Tokens) -> int:
 # Tokenizers
 
 
+@functools.cache
 def load_tokenizer(name: str) -> tiktoken.Encoding:
     """The tiktoken encoding called `name`: "gpt2" or another of tiktoken's, or "toyworld", which needs no download.
 

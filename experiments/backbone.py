@@ -112,7 +112,7 @@ class OwnBackbone(Backbone):
     def spans(self, words: list[str]) -> tuple[list[int], list[tuple[int, int]]]:
         tokenizer = load_tokenizer(self.metadata["tokenizer"])
         ids, spans = [], []
-        for word in words:  # a word begins with a space: no token spans two
+        for word in words:  # one by one: no token spans two, also where a word follows the last without a space
             first = len(ids)
             ids += tokenizer.encode_ordinary(word)
             spans.append((first, max(first, len(ids) - 1)))
@@ -173,8 +173,8 @@ class HuggingFaceBackbone(Backbone):
     the attention in use (bool for sdpa, additive for eager, blocks for flex) and handed over ready, so that the model
     puts no causal mask of its own on top. Positions count from each sentence's first token, whatever the padding.
 
-    A model that finetune.py taught both directions has direction tokens. Then sentences are framed by both of them (a
-    pass sees the one it was trained with, or, without a mask, both), and an anti-causal pass counts positions from the
+    A model that finetune.py taught both directions has direction tokens. Then `states` frames sentences by both of them (a
+    pass sees the one it was trained with, or, without a mask, both), as OwnBackbone does, and an anti-causal pass counts positions from the
     sentence's last token: BW stands at position 0, as FW does in a causal pass, and what a query sees lies at smaller
     positions than its own, as in all that the model learned before. Negative distances it has never seen."""
 
@@ -190,7 +190,8 @@ class HuggingFaceBackbone(Backbone):
         self.width, self.depth = config.hidden_size, config.num_hidden_layers
         # Within its sliding window a model's local attention is plain attention, so longer sentences are refused.
         limits = (getattr(config, "max_position_embeddings", None), getattr(config, "sliding_window", None))
-        self.max_tokens = min([limit for limit in limits if limit], default=2**30)
+        self.limit = min([limit for limit in limits if limit], default=2**30)
+        self.max_tokens = self.limit - len(self.directions)
         self.final_norm = next((getattr(model, name) for name in ("norm", "ln_f", "final_layer_norm") if hasattr(model, name)), None)
         if self.final_norm is None:
             raise BackboneError(f"{self.name} is a {config.model_type} model, whose final norm was not found: it cannot be used here")
@@ -214,9 +215,6 @@ class HuggingFaceBackbone(Backbone):
             while last < len(pieces) - 1 and pieces[last + 1][0] < position:
                 last += 1
             spans.append((pieces[place][2], pieces[last][2]))
-        if self.directions:
-            fw, bw = self.directions
-            return [fw, *encoded["input_ids"], bw], [(first + 1, last + 1) for first, last in spans]
         return list(encoded["input_ids"]), spans
 
     @property
@@ -225,6 +223,24 @@ class HuggingFaceBackbone(Backbone):
 
     def states(self, tokens: Tensor, present: Tensor, mask: str, depth: int | None = None) -> Tensor:
         mask, depth = self.check(tokens, present, mask, depth)
+        return self.inside(*self.framed(tokens, present), mask, depth)[:, 1:-1] if self.directions else self.inside(tokens, present, mask, depth)
+
+    def previous(self, tokens: Tensor, present: Tensor, mask: str, depth: int | None = None) -> Tensor:
+        """In front of a framed sentence's first token stands FW, unless the mask is anticausal."""
+        mask, depth = self.check(tokens, present, mask, depth)
+        if not self.directions or mask == "anticausal":
+            return super().previous(tokens, present, mask, depth)
+        states = self.inside(*self.framed(tokens, present), mask, depth)
+        before = torch.where((present.cumsum(1) == 1)[..., None], states[:, :1], F.pad(states[:, 1:-1], (0, 0, 1, -1)))
+        return before.masked_fill(~present[..., None], 0)
+
+    def framed(self, tokens: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T) each -> (B, T + 2), with FW before all columns and BW behind them: padding between is not seen, and has no position."""
+        fw, bw = (tokens.new_full((len(tokens), 1), token) for token in self.directions)
+        return torch.cat([fw, tokens, bw], 1), F.pad(present, (1, 1), value=True)
+
+    def inside(self, tokens: Tensor, present: Tensor, mask: str, depth: int) -> Tensor:
+        """As `states`, of tokens (B, up to `limit`) that have their frame, or need none."""
         self.trust(mask)
         out = self.run(tokens, present, mask, depth < self.depth)
         states = out.last_hidden_state if depth == self.depth else self.final_norm(out.hidden_states[depth])

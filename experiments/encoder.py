@@ -156,7 +156,7 @@ def describe(encoder: Encoder, folder: Path) -> None:
     modules = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling")]
     kind = "sentence_transformers.models."
     listed = [{"idx": int(name), "name": name, "path": path, "type": kind + what} for name, path, what in modules]
-    runs.write_atomically(folder / "modules.json", runs.json.dumps(listed, indent=2) + "\n")
+    runs.write_json(folder / "modules.json", listed)
     prompts = {"prompts": {"text": encoder.instruction}, "default_prompt_name": "text"} if encoder.instruction else {}
     runs.write_json(folder / "config_sentence_transformers.json", prompts)
 

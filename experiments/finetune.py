@@ -70,7 +70,7 @@ class Settings:
     lr: float | None = Option(None, "learning rate before warm-up and decay; none: 2e-4 with LoRA, 2e-5 for all weights (customary, not tuned here)", 0)
     warmup_steps: int = Option(20, "steps of linear warm-up, times a linear decay from the first step to 0 at the end", 0)
     weight_decay: float = Option(0.0, "of all that is trained", 0)
-    clip: float = Option(1.0, "longest gradient", 0)
+    clip: float = Option(1.0, "longest gradient; 0: any", 0)
     dtype: str = Option("auto", "to compute in; auto: bfloat16 where the machine multiplies it fast", choices=("auto", "float32", "bfloat16"))
     # Measuring and machine: none of these changes what is learned
     study: str = Option("results/finetune", "folder that holds the runs")
@@ -111,6 +111,7 @@ class Progress:
     micro_step: int = 0
     tokens_fw: int = 0
     tokens_bw: int = 0
+    passes_bw: float = 0
     tokens_unique: int = 0
     seconds: float = 0.0  # training only
     lr: float = 0.0
@@ -127,8 +128,8 @@ class Tuning:
     """A run in progress."""
 
     def __init__(self, settings: Settings, model: TwoWayModel, train: Tokens, val: Tokens, device: torch.device, dtype: torch.dtype) -> None:
-        if settings.seq_len > model.backbone.max_tokens:
-            raise BackboneError(f"{model.name} reads at most {model.backbone.max_tokens} tokens: lower --seq_len, now {settings.seq_len}")
+        if settings.seq_len > model.backbone.limit:
+            raise BackboneError(f"{model.name} reads at most {model.backbone.limit} tokens: lower --seq_len, now {settings.seq_len}")
         self.settings, self.model, self.train_tokens, self.val_tokens = settings, model.to(device), train, val
         model.config.max_seq_len = settings.seq_len  # all is measured at the length of training
         self.device, self.dtype = device, dtype
@@ -167,9 +168,10 @@ class Tuning:
             if draw(s.seed, "direction", p.micro_step) < s.p_bw:
                 self.one_pass(windows, "bw")
                 p.tokens_bw += batch * s.seq_len
+                p.passes_bw += 1
             p.micro_step += 1
             p.tokens_unique += batch * s.seq_len
-        norm = torch.nn.utils.clip_grad_norm_(self.model.trained().values(), s.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.trained().values(), s.clip or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = p.lr
         self.optimizer.step()
@@ -219,7 +221,7 @@ class Tuning:
                 parameter.copy_(content["trained"][name])
             self.optimizer.load_state_dict(content["optimizer"])
             self.windows.restore(content["windows"])
-            self.progress, self.rows = Progress(**content["progress"]), content["rows"]
+            self.progress, self.rows = Progress(**{"passes_bw": math.nan} | content["progress"]), content["rows"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import numpy as np
 
 from data.encode import Document
 from data.sources import local_splits
-from data.tokens import DTYPES, FEWEST, DataError, check_out, load_tokenizer, replaced_folder
+from data.tokens import DTYPES, DataError, check_out, check_split, load_tokenizer, replaced_folder
 from experiments.backbone import BackboneError, find_hugging_face, open_tokenizer
 from flags import Parser, one_sentence
 
@@ -91,8 +91,7 @@ def prepare(source: str, tokenizer, name: str, out: Path, text_field: str = "tex
         for split, documents in splits.items():
             with open(partial / f"{split}.bin", "wb") as file:
                 entries[split] = {"file": f"{split}.bin", **write_split(file, documents, tokenizer, DTYPES[dtype])}
-            if entries[split]["tokens"] < FEWEST[split]:
-                raise DataError(f"{source}: the {split} split has {'a single token' if entries[split]['tokens'] else 'no text'}; give a larger text or another --val-fraction")
+            check_split(source, split, entries[split]["tokens"])
         meta = {"name": out.name, "tokenizer": name, "probe": ids_of(tokenizer, [PROBE])[0], "vocab_size": len(tokenizer), "dtype": dtype,
                 "eot_token": tokenizer.eos_token_id, "splits": entries, "source": source,
                 "licence": "that of the source, which is not recorded here", "date": datetime.date.today().isoformat(),

@@ -122,7 +122,7 @@ class TwoWayModel(nn.Module):
         rows = add_direction_tokens(lm, tokenizer, name)
         self.lm, self.tokenizer, self.name = lm.eval(), tokenizer, name
         self.backbone = HuggingFaceBackbone(lm.base_model, tokenizer, name)
-        sizes = {"vocab_size": rows[1] + 1, "depth": self.backbone.depth, "max_seq_len": self.backbone.max_tokens}
+        sizes = {"vocab_size": rows[1] + 1, "depth": self.backbone.depth, "max_seq_len": self.backbone.limit}
         self.config, self.norm = SimpleNamespace(**sizes), self.backbone.final_norm  # the last two ids are FW and BW
         self.params = sum(p.numel() for p in lm.parameters())
         self.check()
@@ -169,8 +169,8 @@ class TwoWayModel(nn.Module):
         return self.lm.get_output_embeddings()(hidden)
 
     def hidden(self, tokens: Tensor, mask: str, depth: int | None = None) -> Tensor:
-        """tokens (B, T) without padding -> (B, T, D), after `depth` layers (default: all) and the final norm."""
-        return self.backbone.states(tokens, torch.ones_like(tokens, dtype=torch.bool), mask, depth)
+        """tokens (B, T) without padding, framed by `frame` -> (B, T, D), after `depth` layers (default: all) and the final norm."""
+        return self.backbone.inside(tokens, torch.ones_like(tokens, dtype=torch.bool), mask, self.config.depth if depth is None else depth)
 
     def unrolled(self, tokens: Tensor, mask: str) -> tuple[Tensor, list[Callable[[Tensor], Tensor]]]:
         """tokens (B, T) -> the residual stream (B, T, D) before the first layer, and every layer as a function of it, with

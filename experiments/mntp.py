@@ -61,7 +61,8 @@ class Masking:
         known = text is None and tokenizer.mask_token_id is not None
         ids = [tokenizer.mask_token_id] if known else tokenizer(text or "_", add_special_tokens=False)["input_ids"]
         special = tuple(tokenizer.all_special_ids)
-        return Masking(share, style, one_token(ids, text or "_"), len(tokenizer), special, target, target == "i")
+        directions = backbone.directions  # the last ids: no random token is one of them
+        return Masking(share, style, one_token(ids, text or "_"), len(tokenizer) - len(directions), special, target, target == "i" or bool(directions))
 
     def hide(self, tokens: Tensor, present: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """tokens, present (B, T) -> what the model reads (B, T), and which tokens it is asked for (B, T) bool."""

@@ -170,7 +170,7 @@ def compared(panels: list[tuple[dict, dict]], other: str) -> list[str]:
 def draw(table: pd.DataFrame, path: Path, differ: bool = False) -> bool:
     """A row of panels per family, a panel per measurement, a line per system up the ladder: seeds as dots, mean and 95 %
     interval; of the scores, or of the differences from p_bw = 0 -> False if there is nothing to draw."""
-    families = {family: panels for family, panels in measurements(table).items() if not differ or BASE in systems(panels)[:-1]}
+    families = {family: panels for family, panels in measurements(table).items() if not differ or (BASE in (names := systems(panels)) and len(names) > 1)}
     if not families:
         return False
     columns = max(len(panels) for panels in families.values())

@@ -34,6 +34,7 @@ from stats import mean_interval
 SETTING = ["task", "metric", "shots", "subtoken", "head", "crf", "finetune", "epochs", "batch", "lr", "lr_backbone", "dropout", "study"]
 # A run of train.py, as it is or tuned further by text_encoder.py (then its weights' path is the model's name).
 RUN = re.compile(rf"(?P<run>{RUN_NAME.pattern})(?:_(?P<tuned>mntp[a-z+]*)_[0-9a-f]{{6}}/model\.safetensors)?$")
+SCORES = {"f1": "span F1", "acc": "accuracy"}
 # In the order of rows.
 FEATURES = {"fw": COLOURS[0], "bw": COLOURS[1], "none": COLOURS[3], "fw+fw": COLOURS[4], "fw+bw": COLOURS[2]}
 
@@ -59,10 +60,13 @@ class System(NamedTuple):
         return f"{self.states}: {self.models}"
 
 
+def used(row: pd.Series) -> list[str]:
+    """The backbones that a row's features were read from, in their order."""
+    return [row.model_bw if row.model_bw and (part == "bw" or place == 1) else row.model for place, part in enumerate(row.features.split("+"))]
+
+
 def system(row: pd.Series, homes: dict[str, str]) -> System:
-    parts = row.features.split("+")
-    used = [row.model_bw if row.model_bw and (part == "bw" or place == 1) else row.model for place, part in enumerate(parts)]
-    kinds, studies = zip(*(short(name, homes) for name in dict.fromkeys(used)))
+    kinds, studies = zip(*(short(name, homes) for name in dict.fromkeys(used(row))))
     if len(kinds) == 2 and kinds[0] == kinds[1] and studies[0] == studies[1]:
         kinds = (kinds[0], "another seed")
     return System(row.features, " & ".join(kinds), " & ".join(dict.fromkeys(studies)), row.depth)
@@ -81,7 +85,7 @@ def short(model: str, homes: dict[str, str]) -> tuple[str, str]:
 
 def unit(row: pd.Series) -> str:
     """What is independent between rows of a system: the backbone's training seed, else the head's seed."""
-    found = RUN.search(row.model)
+    found = RUN.search(used(row)[0])
     return f"seed {found['seed']}" if found else f"head {row.seed}"
 
 
@@ -92,7 +96,8 @@ def read_scores(path: Path) -> pd.DataFrame:
     rows = pd.read_csv(path, dtype=str, keep_default_na=False)
     homes = {Path(name).name: Path(name).parent.name for name in [*rows.model, *rows.model_bw] if not name.endswith(".safetensors")}
     rows["system"], rows["unit"] = [system(row, homes) for _, row in rows.iterrows()], rows.apply(unit, axis=1)
-    twice = rows[rows.unit.str.startswith("seed")].groupby([*SETTING[:-1], "system", "unit"], sort=False)[["model", "model_bw"]].nunique().max(axis=1)
+    rows["used"] = [" & ".join(used(row)) for _, row in rows.iterrows()]
+    twice = rows[rows.unit.str.startswith("seed")].groupby([*SETTING[:-1], "system", "unit"], sort=False).used.nunique()
     if (twice > 1).any():
         raise RunError(f"{path} has two different runs of {twice.idxmax()[-2].label}, {twice.idxmax()[-1]}: keep their rows in two tables")
     rows["study"] = [name.study.split(" ")[0] for name in rows.system]
@@ -153,8 +158,23 @@ def markdown(table: pd.DataFrame) -> str:
 def variants(sampled: pd.DataFrame) -> list[tuple[str, System, pd.DataFrame]]:
     """Few-shot rows as lines over K: (what was done, system, rows of all K)."""
     done = sampled.apply(lambda row: "fine-tuned" if row.finetune == "True" else "frozen", axis=1) + sampled.crf.map({"True": " + CRF", "False": ""})
+    return [(key[0], key[1], rows) for key, rows in sampled.assign(done=done).groupby(["done", "system"], sort=False)]
+
+
+def sampled_alike(sampled: pd.DataFrame) -> list[tuple[dict, pd.DataFrame]]:
+    """[(setting, few-shot rows)] of like tasks, metrics and heads; K, the CRF and fine-tuning tell the rows of one apart."""
     others = [name for name in SETTING if name not in ("shots", "crf", "finetune")]
-    return [(key[-2], key[-1], rows) for key, rows in sampled.assign(done=done).groupby([*others, "done", "system"], sort=False)]
+    return [(dict(zip(others, key)), rows) for key, rows in sampled.groupby(others, sort=False)]
+
+
+def what_differs(setting: dict, parts: list[tuple[dict, pd.DataFrame]]) -> str:
+    """What tells a setting from the other ones, in words; "" where it is alone."""
+    return ", ".join(f"{name} {value or 'none'}" for name, value in setting.items() if any(other[name] != value for other, _ in parts))
+
+
+def few_shot_tables(sampled: pd.DataFrame) -> str:
+    parts = sampled_alike(sampled)
+    return "\n\n".join(f"**{what_differs(setting, parts)}**\n\n".replace("****\n\n", "") + few_shot_table(rows) for setting, rows in parts)
 
 
 def few_shot_table(sampled: pd.DataFrame) -> str:
@@ -197,7 +217,7 @@ def draw(panels: list[tuple[dict, dict[System, pd.Series]]], path: Path) -> None
         ax.set_ylim(len(by) - 0.5, -0.5)
         ax.set_xlim(right=min(ax.get_xlim()[1], 101))  # an interval may go on where no score can
         ax.set_title(f"{describe(setting)}\nbackbones: {', '.join(dict.fromkeys(name.study for name in by))}", fontsize=8, loc="left")
-        ax.set_xlabel(f"test {'span F1' if setting['metric'] == 'f1' else 'accuracy'}, %", fontsize=8)
+        ax.set_xlabel(f"test {SCORES.get(setting['metric'], setting['metric'])}, %", fontsize=8)
     figure.suptitle("Token classification from forward and backward states", fontsize=11, x=0.01, ha="left")
     caption = "Dots: backbones trained from different seeds. Diamonds: mean and 95 % t-interval over them, where there are more than two."
     figure.text(0.01, -0.01, caption, fontsize=7, color="0.3", va="top")
@@ -205,9 +225,19 @@ def draw(panels: list[tuple[dict, dict[System, pd.Series]]], path: Path) -> None
 
 
 def draw_few_shot(sampled: pd.DataFrame, path: Path) -> None:
-    """Score against K, with intervals over backbones: a line per system and way of training that has more than one K."""
-    figure, axes = new_figure(1, 1, (6.5, 3.6))
-    ax, lines = axes[0, 0], Counter()
+    """Score against K, with intervals over backbones: a panel per setting, a line per system and way of training that has more than one K."""
+    parts = sampled_alike(sampled)
+    figure, axes = new_figure(len(parts), 1, (6.5, 3.3 * len(parts) + 0.3))
+    for ax, (setting, rows) in zip(axes.flat, parts):
+        _few_shot_panel(ax, setting["metric"], rows)
+        ax.set_title(what_differs(setting, parts), fontsize=8, loc="left")
+    figure.suptitle(f"Few labels: {', '.join(dict.fromkeys(sampled.task))}", fontsize=11, x=0.01, ha="left")
+    figure.text(0.01, -0.01, "Means and 95 % t-intervals over backbones trained from different seeds.", fontsize=7, color="0.3", va="top")
+    write_png(figure, path)
+
+
+def _few_shot_panel(ax, metric: str, sampled: pd.DataFrame) -> None:
+    lines: Counter = Counter()
     drawn = [line for line in variants(sampled) if line[2].shots.nunique() > 1] or variants(sampled)
     for place, (done, name, rows) in enumerate(drawn):
         style = DASHES[lines[name.features] % len(DASHES)]
@@ -222,11 +252,8 @@ def draw_few_shot(sampled: pd.DataFrame, path: Path) -> None:
     ax.set_xticks(ticks, ticks)
     ax.minorticks_off()
     ax.set_xlabel("K: every label at least so many times in the training sample", fontsize=8)
-    ax.set_ylabel("test span F1, %", fontsize=8)
+    ax.set_ylabel(f"test {SCORES.get(metric, metric)}, %", fontsize=8)
     ax.legend(fontsize=7, frameon=False)
-    figure.suptitle(f"Few labels: {', '.join(dict.fromkeys(sampled.task))}", fontsize=11, x=0.01, ha="left")
-    figure.text(0.01, -0.01, "Means and 95 % t-intervals over backbones trained from different seeds.", fontsize=7, color="0.3", va="top")
-    write_png(figure, path)
 
 
 @one_sentence
@@ -241,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     for study, panels in figures(whole).items():
         draw(panels, args.scores.with_name(f"{args.scores.stem}_{study}".rstrip("_") + ".png"))
     if len(sampled):
-        print(few_shot_table(sampled))
+        print(few_shot_tables(sampled))
         draw_few_shot(sampled, args.scores.with_name("few_shot.png"))
 
 

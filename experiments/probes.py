@@ -61,7 +61,7 @@ def read_sts(path: str | Path) -> list[tuple[str, str, float]]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             return [(first, second, float(score)) for first, second, score in csv.reader(file)]
-    except (OSError, ValueError) as error:  # also UnicodeDecodeError
+    except (OSError, ValueError, csv.Error) as error:  # also UnicodeDecodeError
         raise DataError(f"{path} is no list of sentence, sentence, similarity: {error}") from None
 
 

@@ -57,7 +57,7 @@ def read_pairs(path: str) -> list[tuple[str, ...]]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = [tuple(cell.strip() for cell in row) for row in csv.reader(file) if row]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     sizes = {len(row) for row in rows}
     if sizes not in ({2}, {3}) or not all(all(row) for row in rows):

@@ -102,6 +102,7 @@ def named(settings: Settings, task: str | None = None) -> dict:
     if kind == "masked":
         used |= dict.fromkeys(("mntp_share", "mntp_style", "mntp_target", "mntp_token", "mntp_length"), True)
     values = {name: getattr(settings, name) for name in NAMED}
+    values["model"] = values["model"] and values["model"].rstrip("/")  # as shells complete a folder's name
     values |= {name: values[name] and Path(values[name]).name for name in ("task", "data", "pairs")}
     return {name: value if used.get(name, prefixes.get(name.split("_")[0])) else None for name, value in values.items()}
 
@@ -280,8 +281,7 @@ def run_grid(grid: list[Settings]) -> None:
 
 @one_sentence
 def main(argv: list[str] | None = None) -> None:
-    grid = parse_grid(Settings, __doc__, argv)
-    run_grid(grid)
+    run_grid(parse_grid(Settings, __doc__, argv))
 
 
 if __name__ == "__main__":

@@ -293,7 +293,8 @@ def load(folder: Path, device: str = "cpu", attention: str = "sdpa") -> tuple[Se
 
 def named(settings: Settings) -> dict:
     """The settings that name a row. Of a task only its name: where its files lie differs from machine to machine."""
-    return {name: getattr(settings, name) for name in NAMED} | {"task": Path(settings.task).name}
+    models = {name: value and value.rstrip("/") for name in ("model", "model_bw") for value in [getattr(settings, name)]}  # as shells complete a folder's name
+    return {name: getattr(settings, name) for name in NAMED} | models | {"task": Path(settings.task).name}
 
 
 def measure(settings: Settings, task: Task, backbones: dict, cache: dict) -> dict:

@@ -19,16 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from data.tokens import DataError, Tokens, find_folder, load_tokenizer, open_tokens
-from experiments.backbone import Backbone, OwnBackbone
+from experiments.backbone import Backbone, OwnBackbone, find_hugging_face, open_tokenizer
+from experiments.finetune_data import PROBE, ids_of
 from machine import fast_bf16
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
 # ---------------------------------------------------------------------------------------------------------------------
 
+PIECE = 1 << 20  # tokens of a text that are decoded at once: a sentence in a million tokens is cut in two
+
 
 def documents(source: str, split: str) -> Iterator[str]:
-    """The texts of a source one by one; nothing is read before it is asked for."""
+    """The texts of a source one by one, in pieces of a million tokens; of token folders nothing is read before it is asked for."""
     if Path(source).is_file():
         try:
             lines = [line for line in Path(source).read_text(encoding="utf-8").split("\n") if line.strip()]
@@ -38,11 +41,12 @@ def documents(source: str, split: str) -> Iterator[str]:
         yield from lines[:-kept] if split == "train" else lines[-kept:]
         return
     tokens = open_tokens(find_folder(source), split)
-    tokenizer, end = load_tokenizer(tokens.meta["tokenizer"]), tokens.meta["eot_token"]
+    name, end = tokens.meta["tokenizer"], tokens.meta["eot_token"]
+    tokenizer = open_tokenizer(find_hugging_face(name)) if "probe" in tokens.meta else load_tokenizer(name)  # of finetune_data.py or prepare.py
     start = 0
     for stop in [*np.flatnonzero(tokens.data == end), len(tokens)]:
-        if stop > start:
-            yield tokenizer.decode(tokens.data[start:stop].tolist())
+        for first in range(start, stop, PIECE):  # one stream may be all of a text
+            yield tokenizer.decode(tokens.data[first : min(first + PIECE, stop)].tolist())
         start = stop + 1
 
 
@@ -50,9 +54,10 @@ def token_stream(backbone: Backbone, source: str, split: str, most: int = 10_000
     """A source in a backbone's tokens: the token folder as it is where the tokenizer is the backbone's, else its
     documents encoded one after the other, with end-of-text between them, until there are `most`."""
     folder = find_folder(source)
-    if not Path(source).is_file() and isinstance(backbone, OwnBackbone):
+    if not Path(source).is_file():
         tokens = open_tokens(folder, split)
-        if tokens.meta["tokenizer"] == backbone.metadata["tokenizer"]:
+        own = isinstance(backbone, OwnBackbone)
+        if own and tokens.meta["tokenizer"] == backbone.metadata["tokenizer"] or not own and tokens.meta.get("probe") == ids_of(backbone.tokenizer, [PROBE])[0]:
             return tokens
     ids: list[int] = []
     for text in documents(source, split):

@@ -201,10 +201,25 @@ def test_a_words_last_token_is_its_own():
     backbone = tiny_backbones.hugging_face()  # single bytes: A, space, b, c, space, space, d
     ids, spans = backbone.spans(words)
     assert spans == [(0, 0), (2, 3), (6, 6)] and backbone.encode(words) == (ids, [0, 2, 6])
-    backbone.directions = [254, 255]
-    assert backbone.spans(words) == ([254, *ids, 255], [(1, 1), (3, 4), (7, 7)])
     _, spans = tiny_backbones.own().spans([" zzq", " was"])
     assert spans == [(0, 3), (4, 4)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mask", ["causal", "anticausal", "none"])
+def test_direction_tokens_frame_a_sentence_and_are_not_part_of_it(mask):
+    """As in our own models: whatever the padding, nothing is pooled, cut off or hidden that is no text."""
+    backbone = tiny_backbones.hugging_face()
+    plain, framed = [5, 7, 9], [254, 5, 7, 9, 255]
+    limit, backbone.directions = backbone.max_tokens, [254, 255]
+    alone = backbone.inside(*pad([framed]), mask, backbone.depth)[0]  # anti-causal positions count from BW now
+    for side in ("left", "right"):
+        tokens, present = pad([plain, [3] * 8], side)
+        states, previous = (f(tokens, present, mask)[0][present[0]] for f in (backbone.states, backbone.previous))
+        torch.testing.assert_close(states, alone[1:4])
+        torch.testing.assert_close(previous, alone[:3] if mask != "anticausal" else torch.cat([0 * alone[:1], alone[1:3]]))
+    ids, spans = backbone.spans(["A", " bc"])
+    assert not {254, 255} & set(ids) and spans[0] == (0, 0) and HuggingFaceBackbone(backbone.model).max_tokens == limit
 
 
 def unusual(kind: str, attention: str) -> HuggingFaceBackbone:

@@ -166,6 +166,12 @@ def test_of_equal_points_the_newest_counts_and_failed_ones_are_left_out():
     assert bench_report.share_of_peak(point, "fw") == pytest.approx(1e12 / 1e-3 / 4e12)
 
 
+def test_points_of_two_machines_stay_apart(tmp_path):
+    ours, theirs = (fake_point("cpu", 8, 384, 512, fw=ms, reference=2.0) | {"machine": machine} for ms, machine in ((1.0, "one"), (9.0, "another")))
+    files = [{"device": "cpu", "points": [point]} for point in (ours, theirs)]
+    assert [point["machine"] for point in bench_report.latest(files, "cpu")] == ["one", "another"]
+
+
 def test_a_point_that_fails_does_not_end_the_run(monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory\nand more")

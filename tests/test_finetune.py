@@ -24,6 +24,7 @@ from eval_layers import ABLATIONS, Similarity, ablate
 from experiments import finetune, finetune_data
 from experiments.backbone import BackboneError, load_backbone, pad
 from experiments.finetune_model import TwoWayModel, describe_model
+from experiments.tuning import sentences, token_stream
 from grid import status
 from model import MASK_OF, evaluate, frame
 
@@ -141,9 +142,14 @@ def test_noise_stays_at_ln_v_and_a_leak_does_not(tmp_path, monkeypatch):
         while tuning.share_done() < 1:
             tuning.step()
         lowest[leak] = tuning.evaluate()
+    assert tuning.progress.passes_bw == lowest[True]["passes_bw"] == 100
     assert lowest[False]["bw_loss"] > math.log(16) - 0.01 and lowest[False]["fw_loss"] > math.log(16) - 0.01
     assert lowest[False]["bw_loss"] < math.log(16) + 0.2  # it did learn which symbols there are
     assert lowest[True]["bw_loss"] < math.log(16) - 0.5
+    free = finetune.Tuning(replace(settings, clip=0.0), two_way("llama"), train, val, torch.device("cpu"), torch.float32)  # 0: gradients of any length
+    before = free.model.head.detach().clone()
+    free.step()
+    assert not torch.equal(free.model.head, before)
 
 
 # ---- direction tokens and LoRA --------------------------------------------------------------------------------------
@@ -302,7 +308,7 @@ def test_finished_runs_are_skipped_and_their_models_serve_as_backbones(study, fo
     run = next(run for run in runs.read_study(study) if run["p_bw"] > 0)
     backbone = load_backbone(str(run.folder))
     ids, first = backbone.encode(["Adela", " went"])
-    assert (ids[0], ids[-1]) == (257, 258) and first == [1, 7]  # the space is a token of its own
+    assert not {257, 258} & {*ids} and first == [0, 6]  # the space is a token of its own; FW and BW are no text
     # merged weights, framed as in training: the states that the run's own last row was measured with
     model = TwoWayModel(transformers.AutoModelForCausalLM.from_pretrained(run.folder / "model"), backbone.tokenizer)
     val = open_tokens(folders / "tokens", "val")
@@ -310,8 +316,12 @@ def test_finished_runs_are_skipped_and_their_models_serve_as_backbones(study, fo
         (result,) = evaluate(model, validation_windows(val, 32, 4), direction)
         assert result["loss"] == pytest.approx(run.curve.iloc[-1][f"{direction}_loss"], abs=1e-4)
     with torch.no_grad():
-        states = backbone.states(*pad([ids, ids[:3] + ids[-1:]]), "bw")[0]
-        torch.testing.assert_close(states[1:], model.hidden(torch.tensor([ids[1:]]), "anticausal")[0], rtol=1e-4, atol=1e-4)
+        for direction, mask, alone in (("fw", "causal", [257, *ids]), ("bw", "anticausal", [*ids, 258])):
+            states, expected = backbone.states(*pad([ids, ids[:3]]), direction)[0], model.hidden(torch.tensor([alone]), mask)[0]
+            torch.testing.assert_close(states, expected[1:] if direction == "fw" else expected[:-1], rtol=1e-4, atol=1e-4)
+    # and its own tokens are text for it, in the other experiments
+    stream = token_stream(backbone, str(folders / "tokens"), "val")
+    assert (stream.data == val.data).all() and next(iter(sentences(str(folders / "tokens"), "val", 1))).endswith(".")
 
 
 def test_killed_and_continued_is_as_if_nothing_had_happened(study, folders, tmp_path, monkeypatch):

@@ -76,6 +76,6 @@ def test_the_caption_counts_seeds_not_runs(tmp_path):
     study = load(tmp_path)
     ((_, cells),) = sweeps(study).items()
     by = {value: study.cells[cell] for value, cell in cells.items()}
-    assert plot_settings._numbers(by) == "Seeds: 3 at 0.002, 2 at 0.008, 2 at 0.016, 2 at none. "
+    assert plot_settings._numbers(by) == "Seeds: 2 to 3 at 0.002, 2 at 0.008, 2 at 0.016, 2 at none. "
     runs = [run for value in by.values() for seeds in value.values() for run in seeds.values()]
     assert "n = 2 to 3 seeds (0, 1, 2)" in plot_results.describe(runs)

@@ -83,18 +83,45 @@ def test_last_share_of_documents_and_other_fields_and_parquet(tmp_path):
 
 
 def test_names_of_files_and_folders_decide_splits_and_test_is_left_out(tmp_path, capsys):
-    for name in ("x.train-01.txt", "x.train-00.txt", "validation/0.txt", "x.test.txt", "latest.txt", "README.md"):
+    for name in ("x.train-01.txt", "x.train-00.txt", "validation/0.txt", "x.test.txt", "latest.txt", "README.md", "dev diary.txt"):
         path = tmp_path / "in" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{name}\n")
     train, val = prepared(tmp_path, tmp_path / "in")
-    assert train.replace("<|endoftext|>", "").split() == ["latest.txt", "x.train-00.txt", "x.train-01.txt"]
+    assert train.replace("<|endoftext|>", "").splitlines() == ["dev diary.txt", "latest.txt", "x.train-00.txt", "x.train-01.txt"]
     assert val == "validation/0.txt\n"
-    assert "left out (test split)" in capsys.readouterr().out
+    assert "left out, test split by file name: x.test.txt\n" in capsys.readouterr().out
+
+
+def test_the_mark_in_front_of_a_file_is_no_text(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        (tmp_path / "in" / f"{name}.txt").write_bytes(mark + f"{name}1\n{name}2\n".encode())
+    assert prepared(tmp_path, tmp_path / "in", "--val-fraction", "0.3") == ("a1\na2\n<|endoftext|>", "b1\nb2\n<|endoftext|>")
+    (tmp_path / "a.jsonl").write_bytes(mark + b'{"text": "a b"}\n{"text": "c d"}\n')
+    assert prepared(tmp_path, tmp_path / "a.jsonl", "--val-fraction", "0.3") == ("a b<|endoftext|>", "c d<|endoftext|>")
+
+
+def test_a_text_without_lines_or_spaces_is_cut_between_characters(tmp_path):
+    text = "\u5317\u4eac" * 500
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    for share in ("0.1", "0.1003", "0.1007"):
+        train, val = prepared(tmp_path, tmp_path / "text.txt", "--val-fraction", share)
+        assert train + val == text and 90 < len(val) < 110
+
+
+def test_what_a_killed_preparation_left_is_in_nobodys_way(tmp_path):
+    """In a container every process has the same number."""
+    (tmp_path / "book.txt").write_text("line one\nline two\n" * 9)
+    (tmp_path / f".out.partial-{os.getpid()}").mkdir()
+    assert "line one" in prepared(tmp_path, tmp_path / "book.txt")[0]
+    assert (tmp_path / "out").stat().st_mode & 0o755 == 0o755
 
 
 def test_toyworld_by_name(tmp_path):
     meta = prepare.main(["toyworld", "--out", str(tmp_path / "toy"), "--seed", "3", "--train-tokens", "2000"])
+    assert meta["command"] == f"python data/prepare.py toyworld --out {tmp_path / 'toy'} --seed 3 --train-tokens 2000"
     assert meta["toyworld"]["seed"] == 3 and 2000 <= len(open_tokens(tmp_path / "toy", "train", verify=True)) < 3000
 
 
@@ -137,7 +164,7 @@ def test_wikitext_through_datasets_gives_the_raw_files_tokens(tmp_path, gpt2, mo
     ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:-20], r"a\.jsonl\.gz is damaged"),
     ("a.jsonl.gz", b"not gzip\n", r"a\.jsonl\.gz is damaged"),
     ("a.parquet", b"not parquet", r"a\.parquet cannot be read as parquet"), ("a.jsonl", b'{"text": "only one"}\n', r"has 1 document"),
-    ("a.txt", b"", r"split has no text"), ("a.txt", b"word\n", r"the train split has no text.*--val-fraction"),
+    ("a.txt", b"", r"split has no text"), ("a.txt", b"word\n", r"split has a single token.*--val-fraction"),
     ("a.txt", b" was born in\n.", r"the val split has a single token"),
     ("a.jsonl", b'{"text": "a"}\n{"text": ' + b"9" * 5000 + b"}\n", r"line 2: .*digits"),
     ("a.jsonl", b'{"text": "a"}\n' + b"[" * 200_000 + b"\n", r"line 2: nested too deeply"),

@@ -134,6 +134,14 @@ def test_text_in_another_models_tokens(corpus, tmp_path):
 # ---- contrastive training ------------------------------------------------------------------------------------------
 
 
+def test_one_long_stream_is_read_in_pieces(corpus, monkeypatch):
+    """A data set may be a single document of a hundred million tokens."""
+    whole = "".join(tuning.documents(str(corpus), "val"))
+    monkeypatch.setattr(tuning, "PIECE", 7)
+    pieces = list(tuning.documents(str(corpus), "val"))
+    assert "".join(pieces) == whole and max(len(piece.split()) for piece in pieces) < 9
+
+
 def test_contrastive_loss_by_hand():
     anchors, positives = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     # cosines: (1, 1) for the first, (0, 0) for the second: both must guess between two
@@ -181,6 +189,11 @@ def test_pairs_are_read_and_checked(tmp_path):
     path = tmp_path / "pairs.csv"
     path.write_text('"a, b",c\nd,e\n')
     assert simcse.read_pairs(str(path)) == [("a, b", "c"), ("d", "e")]
+    path.write_text('a,"' + "b" * 200_000)
+    with pytest.raises(DataError, match="field limit"):
+        simcse.read_pairs(str(path))
+    with pytest.raises(DataError, match="field limit"):
+        probes.read_sts(path)
     for text in ("a\n", "a,b\nc,d,e\n", "a,\n", ""):
         path.write_text(text)
         with pytest.raises(DataError, match="must have two columns"):

@@ -366,35 +366,3 @@ def test_real_files_are_read_whole():
     wnut, ewt = (tagging.load_task(str(folder / name)) for name in ("wnut17-ner", "ewt-pos"))
     assert (len(ewt.train), len(ewt.dev), len(ewt.test), len(ewt.labels), ewt.metric) == (12544, 2001, 2077, 17, "acc")
     assert (len(wnut.train), len(wnut.labels), wnut.metric) == (3394, 13, "f1")
-
-
-# ---- the table and the figure ----------------------------------------------------------------------------------
-
-
-def test_table_and_figure_average_head_seeds_within_a_model(tmp_path, capsys):
-    """Three models with two head seeds each are three independent values, not six; a pair that lacks one is left out."""
-    rows = []
-    for k, seed, (features, value) in itertools.product(range(3), (10, 11), (("fw", 0.5), ("fw+bw", 0.6))):
-        row = dict.fromkeys(tc.COLUMNS, "") | {"task": "x", "metric": "f1", "model": f"runs/4x32_pbw0.5_seed{k}_abcdef", "seed": seed}
-        row |= {"features": features, "test": value + 0.01 * k + 0.1 * (seed == 11), "subtoken": "first", "head": "mlp"}
-        rows += [row, row | {"model": f"runs/4x32_pbw0_seed{k}_abcdef", "model_bw": f"runs/4x32_pbw1_seed{k}_abcdef"}]
-    tc.runs.write_table(tmp_path / "scores.csv", rows, tc.COLUMNS)
-    plot.main([str(tmp_path / "scores.csv")])
-    out = capsys.readouterr().out
-    # means over models 55, 56, 57 and 65, 66, 67: half-width 4.303 * 1 / sqrt(3); the paired difference is exactly 10
-    assert "56.00 ± 2.48" in out and "66.00 ± 2.48" in out and "+10.00 ± 0.00" in out and "| 3 |" in out
-    assert "| fw+bw, two models | p_bw = 0 & p_bw = 1 (runs 4x32) | 3 | 66.00 ± 2.48 | +10.00 ± 0.00 |  |" in out
-    assert (tmp_path / "scores_runs.png").stat().st_size > 10_000 and not (tmp_path / "few_shot.png").exists()
-    encoder = "text-encoder/encoders/4x128_pbw0.05_seed100_aede38_mntp_219e7e/model.safetensors"
-    assert plot.short(encoder, {"4x128_pbw0.05_seed100_aede38": "demo"}) == ("p_bw = 0.05 + mntp", "demo 4x128")
-    assert plot.short(encoder, {})[1] == "encoders 4x128" and plot.short("gpt2", {}) == ("gpt2", "")
-    sampled = [row | {"shots": k, "crf": str(k > 4), "test": row["test"] + k / 1000} for row in rows for k in (4, 16)]
-    tc.runs.write_table(tmp_path / "scores.csv", sampled, tc.COLUMNS)
-    plot.main([str(tmp_path / "scores.csv")])
-    assert "| fw | p_bw = 0.5 | frozen + CRF |  | 57.60 ± 2.48 |" in capsys.readouterr().out and (tmp_path / "few_shot.png").exists()
-    tc.runs.write_json(tmp_path / "4x32_pbw1_seed3_abcdef" / "config.json", {"settings": {"task": "bw"}, "params": 1, "data": {}})
-    assert plot.short(str(tmp_path / "4x32_pbw1_seed3_abcdef"), {})[0] == "bw only"
-    tc.runs.write_table(tmp_path / "twice.csv", [*rows, rows[0] | {"model": "runs/4x32_pbw0.5_seed0_123456"}], tc.COLUMNS)
-    for table, sentence in (("none", "no results"), ("twice", "two different runs of .*p_bw = 0.5, seed 0")):
-        with pytest.raises(SystemExit, match=sentence):
-            plot.main([str(tmp_path / f"{table}.csv")])
