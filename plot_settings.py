@@ -108,7 +108,7 @@ def _panel(ax, values: list[str], lines: Values, colours: dict[Variant, str], ge
         mean, low, high = (np.exp(end) if geometric else end for end in (middle, middle - half, middle + half))
         reach = np.nan_to_num([mean - low, high - mean])
         ax.errorbar(x, mean, reach, color=colour, linewidth=1.5, marker="o", markersize=4, capsize=2, elinewidth=0.8)
-        lowest = f": lowest {mean.min():.3f} at {list(found)[mean.argmin()]}" if not geometric else ""
+        lowest = f":{' lowest' * (len(found) > 1)} {mean.min():.3f} at {list(found)[mean.argmin()]}" if not geometric else ""
         labels.append((mean[-1], variant.label + lowest, colour))
     if geometric:
         ax.axhline(1, color="0.5", linewidth=1)
