@@ -20,7 +20,7 @@ from report import describe, short
 from runs import Run
 from stats import mean_interval
 
-Values = dict[Variant, dict[str, np.ndarray]]  # of every variant, by the setting's value as its flag spells it: one number per seed
+Values = dict[Variant, dict[str, dict[int, float]]]  # of every variant, by the setting's value as its flag spells it, by seed
 
 
 class Sweep(NamedTuple):
@@ -65,7 +65,9 @@ def by_setting(study: Study, options: Options = Options()) -> list[Path]:
             ax.set_xlabel(sweep.setting, fontsize=8)
             ax.set_ylabel(label, fontsize=8)
         runs = [run for value in by.values() for seeds in value.values() for run in seeds.values()]
-        caption = "Small: each seed; large: means (of ratios geometric) with 95 % t-intervals. Above: losses at the end of each run. "
+        low, high = (short(end(final(run, "tokens_total") for run in runs)) for end in (min, max))
+        caption = "Thin: each seed; thick: means (of ratios geometric) with 95 % t-intervals. Above: losses at the end of each run, after "
+        caption += f"{low if low == high else f'{low} to {high}'} tokens. "
         caption += f"Below: at equal {options.equal}, paired by seed; within one value of {sweep.setting}. {_numbers(by)}{describe(runs)}."
         sizes = {cell.params for cell in cells.values()}
         size = f"{sweep.depth} x {sweep.width}" + f" ({short(*sizes)} parameters)" * (len(sizes) == 1)
@@ -76,11 +78,12 @@ def by_setting(study: Study, options: Options = Options()) -> list[Path]:
 
 
 def _losses(shown: set[Variant], by: dict[str, dict[Variant, dict[int, Run]]], column: str) -> Values:
-    return {variant: {value: np.array([final(run, column) for run in cell[variant].values()]) for value, cell in by.items() if variant in cell} for variant in shown}
+    return {variant: {value: {seed: final(run, column) for seed, run in cell[variant].items()} for value, cell in by.items() if variant in cell} for variant in shown}
 
 
 def _ratios(cells: dict[str, Cell], terms: dict) -> Values:
-    found = {variant: {value: np.exp(log_ratios(of[cell])) for value, cell in cells.items() if cell in of} for variant, of in terms.items()}
+    found = {variant: {value: dict(zip((term.seed for term in of[cell]), np.exp(log_ratios(of[cell])))) for value, cell in cells.items() if cell in of}
+             for variant, of in terms.items()}  # fmt: skip
     return {variant: values for variant, values in found.items() if values}
 
 
@@ -102,14 +105,15 @@ def _panel(ax, values: list[str], lines: Values, colours: dict[Variant, str], ge
     for number, (variant, found) in enumerate(sorted(lines.items(), key=lambda item: item[0].place)):
         aside = 0.012 * span * (number - (len(lines) - 1) / 2)  # intervals of one value beside each other
         colour, x = colours[variant], [places[value] + aside for value in found]
-        for place, seeds in zip(x, found.values()):
-            ax.plot(np.full(len(seeds), place), seeds, "o", color=colour, markersize=2.5, alpha=0.5, markeredgewidth=0)
-        middle, half = map(np.array, zip(*(mean_interval(np.log(seeds) if geometric else seeds) for seeds in found.values())))
+        for seed in sorted({seed for seeds in found.values() for seed in seeds}):
+            line = [(place, seeds[seed]) for place, seeds in zip(x, found.values()) if seed in seeds]
+            ax.plot(*zip(*line), "o-", color=colour, markersize=2.5, linewidth=0.5, alpha=0.4, markeredgewidth=0)
+        several = [np.array(list(seeds.values())) for seeds in found.values()]
+        middle, half = map(np.array, zip(*(mean_interval(np.log(seeds) if geometric else seeds) for seeds in several)))
         mean, low, high = (np.exp(end) if geometric else end for end in (middle, middle - half, middle + half))
         reach = np.nan_to_num([mean - low, high - mean])
         ax.errorbar(x, mean, reach, color=colour, linewidth=1.5, marker="o", markersize=4, capsize=2, elinewidth=0.8)
-        lowest = f":{' lowest' * (len(found) > 1)} {mean.min():.3f} at {list(found)[mean.argmin()]}" if not geometric else ""
-        labels.append((mean[-1], variant.label + lowest, colour))
+        labels.append((mean[-1], variant.label, colour))
     if geometric:
         ax.axhline(1, color="0.5", linewidth=1)
     ax.set_xticks(list(places.values()), list(places))

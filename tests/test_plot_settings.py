@@ -36,8 +36,8 @@ def test_every_value_is_compared_with_its_own_controls(tmp_path, monkeypatch, ca
     assert set(fw) == {FW_ONLY, P5} and set(bw) == {P5, BW_ONLY} and set(first) == set(enough) == {P5}
     assert list(first[P5]) == ["0.002", "0.008", "0.016", "none"]  # numbers in order, words last
     for value, ratio in zip(first[P5], RATES.values()):
-        assert first[P5][value] == pytest.approx(ratio) and enough[P5][value] == pytest.approx(1.2)
-    assert fw[FW_ONLY]["0.016"] == pytest.approx([4.016, 4.116]) and bw[BW_ONLY]["none"] == pytest.approx(5.0)
+        assert first[P5][value] == pytest.approx(dict.fromkeys((0, 1), ratio)) and enough[P5][value] == pytest.approx(dict.fromkeys((0, 1), 1.2))
+    assert fw[FW_ONLY]["0.016"] == pytest.approx({0: 4.016, 1: 4.116}) and bw[BW_ONLY]["none"] == pytest.approx({0: 5.0, 1: 5.0})
 
 
 def test_two_settings_make_a_figure_for_each_value_of_the_other_and_sizes_stay_apart(tmp_path):
