@@ -41,9 +41,9 @@ from torch.nn.attention import _cur_sdpa_kernel_backends
 import bench_peers
 import bench_report
 from bench_work import Reference, flops, large_product, matrix_products
-from data.tokens import load_tokenizer
 from data.prepare import main as prepare
 from data.sources import local_splits
+from data.tokens import load_tokenizer
 from eval_layers import ablate
 from flags import Parser, one_sentence
 from machine import choose_machine, provenance

@@ -284,8 +284,8 @@ def gather(data: np.ndarray, starts: np.ndarray, size: int) -> np.ndarray:
 def validation_windows(tokens: Tokens, length: int, batch: int, count: int | None = None) -> Iterator[np.ndarray]:
     """The whole split in its own order, the same for every run: int64 arrays (b, length + 1) with b <= batch.
 
-    Stride = length, so N - 1 tokens are scored exactly once: all but the last (without direction tokens, forward: the first). What is left at the end
-    (fewer than length + 1 tokens) comes as one shorter window (1, r + 1). With `count`, only so many of the full
+    Stride = length, so N - 1 tokens are scored exactly once: all but the last (without direction tokens, forward: but
+    the first). What is left at the end (fewer than length + 1 tokens) comes as one shorter window (1, r + 1). With `count`, only so many of the full
     windows, spread evenly over the split.
     """
     if length < 1 or batch < 1:

@@ -173,8 +173,10 @@ def what_differs(setting: dict, parts: list[tuple[dict, pd.DataFrame]]) -> str:
 
 
 def few_shot_tables(sampled: pd.DataFrame) -> str:
-    parts = sampled_alike(sampled)
-    return "\n\n".join(f"**{what_differs(setting, parts)}**\n\n".replace("****\n\n", "") + few_shot_table(rows) for setting, rows in parts)
+    parts, lines = sampled_alike(sampled), []
+    for setting, rows in parts:
+        lines += [f"**{what_differs(setting, parts)}**"] * (len(parts) > 1) + [few_shot_table(rows)]
+    return "\n\n".join(lines)
 
 
 def few_shot_table(sampled: pd.DataFrame) -> str:

@@ -52,7 +52,7 @@ def documents(source: str, split: str) -> Iterator[str]:
 
 def token_stream(backbone: Backbone, source: str, split: str, most: int = 10_000_000) -> Tokens:
     """A source in a backbone's tokens: the token folder as it is where the tokenizer is the backbone's, else its
-    documents encoded one after the other, with end-of-text between them, until there are `most`."""
+    documents (or a million tokens of one) encoded one after the other, with end-of-text between them, until there are `most`."""
     folder = find_folder(source)
     if not Path(source).is_file():
         tokens = open_tokens(folder, split)
